@@ -1,0 +1,1 @@
+"""The encoder: positions, norms, feed-forward, hybrid blocks, head, storage."""

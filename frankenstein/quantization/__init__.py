@@ -1,0 +1,1 @@
+"""Ternary weights and int8 activations: training arithmetic, conversion, packing, packed runtime, artifact."""

@@ -1,0 +1,1 @@
+"""Sentence vectors: pooling, losses, Siamese training, the sentence encoder, its uses, and the embedding export."""

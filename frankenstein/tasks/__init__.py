@@ -1,0 +1,1 @@
+"""Sentence-pair tasks: one file each, with what their labels mean. No torch, no numpy."""
