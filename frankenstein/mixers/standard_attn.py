@@ -1,0 +1,93 @@
+"""Softmax attention: Vaswani et al. 2017, section 3.2, https://arxiv.org/abs/1706.03762.
+
+    o_i = sum_j softmax_j(scale q_i . k_j) v_j
+
+Shapes: q, k (B, T, H, K); v (B, T, H, V).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext
+
+
+def softmax_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The equation above, written out; every query needs at least one key. Arguments as `softmax_attention`."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bihk,bjhk->bhij", q, k) * scale
+    allowed = _allowed_pairs(q.shape[1], key_padding_mask, causal, q.device)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, float("-inf"))
+    return torch.einsum("bhij,bjhv->bihv", logits.softmax(-1), v)
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention by torch's fused kernel.
+
+    Source: Vaswani et al. 2017, eq. 1, https://arxiv.org/abs/1706.03762.
+    Args:
+        q, k: (B, T, H, K).
+        v: (B, T, H, V).
+        key_padding_mask: (B, T) bool, True for keys that may be attended; a query without any key gets 0.
+        causal: query i sees the keys j <= i only.
+        scale: of the dot products; None means K**-0.5.
+    Returns:  (B, T, H, V).
+    """
+    alone = key_padding_mask is None and causal
+    allowed = None if alone else _allowed_pairs(q.shape[1], key_padding_mask, causal, q.device)
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=allowed, is_causal=alone, scale=scale
+    )
+    return o.transpose(1, 2)
+
+
+def _allowed_pairs(length: int, key_padding_mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
+    """Bool that broadcasts to (B, H, T, T), True where query i may see key j; None allows all."""
+    allowed = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+    if causal:
+        past = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        allowed = past if allowed is None else allowed & past
+    return allowed
+
+
+@MIXERS.register("standard_attn")
+class StandardAttention(Mixer):
+    """Multi-head softmax attention, with rotary positions where the encoder has them.
+
+    Source: Vaswani et al. 2017, section 3.2.2, https://arxiv.org/abs/1706.03762; seed 002 eq. 33.
+    """
+
+    @dataclass(frozen=True)
+    class Options:
+        """Softmax attention has no options of its own."""
+
+    def __init__(self, context: MixerContext, options: Options) -> None:
+        super().__init__(context, options)
+        self.causal = context.causal
+        self.project = HeadProjections(context, context.num_heads, 3)
+        self.out = nn.Linear(context.hidden_size, context.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D); mask (B, T), True for real tokens."""
+        q, k, v = self.project(x)
+        o = softmax_attention(q, k, v, key_padding_mask=mask, causal=self.causal)
+        return self.out(o.flatten(2))

@@ -1,0 +1,23 @@
+"""The hybrid layer: a mixer and a feed-forward, each with a norm before and a residual around it."""
+
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """z = x + mixer(norm(x)); y = z + ffn(norm(z)), with dropout on both sublayers' outputs.
+
+    Source: seed 002 eq. 20-21; the pre-norm order of Xiong et al. 2020, https://arxiv.org/abs/2002.04745.
+    """
+
+    def __init__(
+        self, mixer_norm: nn.Module, mixer: nn.Module, ffn_norm: nn.Module, ffn: nn.Module, dropout: float
+    ) -> None:
+        super().__init__()
+        self.mixer_norm, self.mixer = mixer_norm, mixer
+        self.ffn_norm, self.ffn = ffn_norm, ffn
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D); mask (B, T) bool, True for real tokens, which come first; None means all are real."""
+        x = x + self.dropout(self.mixer(self.mixer_norm(x), mask))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
