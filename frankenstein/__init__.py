@@ -7,7 +7,7 @@ import os
 from importlib import import_module
 from typing import Any
 
-# OpenMP threads that spin while they wait starve each other on a busy machine; libgomp reads this once, when torch loads it.
+# OpenMP threads that spin while they wait starve each other on a busy machine; libgomp reads this when torch loads it.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 __version__ = "0.1.0"
@@ -22,7 +22,7 @@ _PUBLIC = {
     "NORMS": "model.norms",
     "TASKS": "tasks.registry",
     "build_encoder": "model.encoder",
-    "load_encoder": "model.encoder",
+    "load_encoder": "model.storage",
     "build_optimizer": "optimizers.groups",
     "Tokenizer": "text.tokenizer",
     "convert_to_bitlinear": "quantization.convert",

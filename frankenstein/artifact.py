@@ -40,8 +40,8 @@ def write_text(path: str | Path, text: str) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -106,13 +106,13 @@ def open_folder(path: str | Path, *kinds: str) -> dict[str, Any]:
     """Check an artifact folder whole and return its config.json (with "kind" added).
 
     Raises:
-        ArtifactError: when the folder or a file is missing, a size or digest differs, or the kind is not one of `kinds`.
+        ArtifactError: when the folder or a file is missing, a size or digest differs, or the kind is not of `kinds`.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder; expected a {' or '.join(kinds)} artifact")
     if not (folder / MANIFEST).is_file():
-        raise ArtifactError(f"{folder}: has no {MANIFEST}, so it is not an artifact of this pipeline or is incomplete")
+        raise ArtifactError(f"{folder}: has no {MANIFEST}, so it is no artifact of this pipeline or is incomplete")
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not {"kind", "format", "files"} <= manifest.keys():
         raise ArtifactError(f"{folder / MANIFEST}: damaged; expected kind, format and files")
@@ -131,6 +131,8 @@ def _check_file(file: Path, want: dict[str, Any]) -> None:
         raise ArtifactError(f"{file}: missing, though the manifest lists it")
     size = file.stat().st_size
     if size != want["bytes"]:
-        raise ArtifactError(f"{file}: {size} bytes, the manifest says {want['bytes']}; the file is damaged or was changed")
+        raise ArtifactError(
+            f"{file}: {size} bytes, the manifest says {want['bytes']}; the file is damaged or was changed"
+        )
     if sha256(file) != want["sha256"]:
         raise ArtifactError(f"{file}: its sha256 differs from the manifest; the file is damaged or was changed")

@@ -2,7 +2,7 @@
 
 
 class FrankensteinError(ValueError):
-    """Something the user gave (config, data, checkpoint, artifact, command line) is wrong; the text says what and where."""
+    """Something the user gave (config, data, checkpoint, artifact, command line) is wrong; the text says what."""
 
 
 class NotBuiltYetError(FrankensteinError):

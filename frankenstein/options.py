@@ -1,4 +1,4 @@
-"""Frozen options classes: each knob's default, bounds, unit and meaning in one place, and the JSON Schema made from them."""
+"""Frozen options classes: default, bounds, unit and meaning of each knob, and the JSON Schema made from them."""
 
 import dataclasses
 import types
@@ -9,7 +9,9 @@ T = TypeVar("T")
 _JSON_TYPES = {int: "integer", float: "number", bool: "boolean", str: "string"}
 
 
-def option(default: Any, description: str, *, title: str = "", not_built: dict[str, Any] | None = None, **schema: Any) -> Any:
+def option(
+    default: Any, description: str, *, title: str = "", not_built: dict[str, Any] | None = None, **schema: Any
+) -> Any:
     """One field of a frozen options class.
 
     Args:
@@ -27,9 +29,9 @@ def option(default: Any, description: str, *, title: str = "", not_built: dict[s
 
 
 def _type_schema(hint: Any) -> dict[str, Any]:
-    """JSON Schema of a field's type: scalars, `X | None`, `tuple[X, ...]`, `dict[str, X]` and nested options classes."""
-    if dataclasses.is_dataclass(hint):
-        return json_schema(hint)  # type: ignore[arg-type]
+    """JSON Schema of a field's type: scalars, `X | None`, `tuple[X, ...]`, `dict[str, X]`, nested options classes."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return json_schema(hint)
     if hint in _JSON_TYPES:
         return {"type": _JSON_TYPES[hint]}
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -66,7 +68,9 @@ def json_schema(cls: type) -> dict[str, Any]:
 
 def default_of(f: dataclasses.Field[Any]) -> Any:
     """The default value of one dataclass field."""
-    return f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return f.default
 
 
 def plain(value: Any) -> Any:

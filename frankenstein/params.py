@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator, ValidationError, validators
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from frankenstein.errors import FrankensteinError
@@ -39,7 +40,9 @@ class Params:
     model_class: str = option("frankenstein", "Model family.", enum=["frankenstein"])
     seed: int = option(0, "Seed of every random choice.", minimum=0, maximum=2**31 - 1)
     threads: int = option(2, "CPU threads of torch; the bits of trained weights depend on it.", minimum=1)
-    plugins: tuple[str, ...] = option((), "Modules imported first; they may register mixers, norms, optimizers and tasks.")
+    plugins: tuple[str, ...] = option(
+        (), "Modules imported first; they may register mixers, norms, optimizers and tasks."
+    )
     data: DataOptions = option(DataOptions, "Corpus and evaluation sets.")
     tokenizer: TokenizerOptions = option(TokenizerOptions, "SentencePiece training.")
     model: ModelOptions = option(ModelOptions, "The encoder.")
@@ -54,15 +57,18 @@ class Params:
         if self.export.model == "ternary" and self.quantize.weights == "none":
             yield "export.model", "'ternary' needs quantize.weights: ternary (found none)"
         if self.export.model == "full" and self.model.use_bitnet:
-            yield "export.model", "'full' needs model.use_bitnet: false; a model trained ternary has no full-precision twin"
+            yield (
+                "export.model",
+                "'full' needs model.use_bitnet: false; a model trained ternary has no full-precision twin",
+            )
         if self.quantize.weights == "none" and self.model.use_bitnet:
             yield "quantize.weights", "'none' contradicts model.use_bitnet: true"
+        fallback = str(self.tokenizer.byte_fallback).lower()
         floor = 300 if self.tokenizer.byte_fallback else 32
         if self.model.vocab_size < floor:
             yield (
                 "model.vocab_size",
-                f"{self.model.vocab_size} is too small; tokenizer.byte_fallback: {str(self.tokenizer.byte_fallback).lower()} "
-                f"needs at least {floor}",
+                f"{self.model.vocab_size} is too small; tokenizer.byte_fallback: {fallback} needs at least {floor}",
             )
 
 
@@ -128,7 +134,9 @@ def read_yaml(path: str | Path) -> Any:
         raise ParamsError([Fault(str(file), f"not valid YAML: {error}")]) from None
     if not isinstance(tree, dict):
         found = "nothing" if tree is None else f"a {type(tree).__name__}"
-        raise ParamsError([Fault(str(file), f"found {found}; expected a mapping with sections such as model and training")])
+        raise ParamsError(
+            [Fault(str(file), f"found {found}; expected a mapping with sections such as model and training")]
+        )
     return tree
 
 
@@ -165,15 +173,17 @@ class _Places:
     def __call__(self, key: str) -> tuple[str, int]:
         if any(key == o or key.startswith(o + ".") for o in self.overridden):
             return "override: ", 0
-        node, line, column = self.tree, 0, 0
+        node: Any = self.tree
+        line = column = 0
         for part in _split(key):
-            if isinstance(node, dict) and part in node:
+            if isinstance(node, CommentedMap) and part in node:
                 line, column = node.lc.key(part)
-            elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
+                node = node[part]
+            elif isinstance(node, CommentedSeq) and part.isdigit() and int(part) < len(node):
                 line, column = node.lc.item(int(part))
+                node = node[int(part)]
             else:
                 break
-            node = node[int(part)] if isinstance(node, list) else node[part]
         return (f"{self.file}:{line + 1}:{column + 1}: " if self.file else ""), line + 1
 
 
@@ -242,23 +252,24 @@ def _show(value: Any) -> str:
 
 def _explain(error: ValidationError) -> Iterator[tuple[str, str]]:
     """One fault per wrong thing, in words: what was found, what is allowed, the nearest known name."""
-    path, schema, found = list(error.absolute_path), error.schema, error.instance
+    path, found = list(error.absolute_path), error.instance
+    schema: dict[str, Any] = error.schema if isinstance(error.schema, dict) else {}
+    wanted: Any = error.validator_value
     key = _path(path)
     if error.validator == "additionalProperties":
         known = list(schema.get("properties", {}))
-        for name in found:
+        for name in dict(found):  # type: ignore[arg-type]
             if name not in known:
                 yield _path([*path, name]), _unknown_key(str(name), known, schema, path)
     elif error.validator == "enum":
-        allowed = [a for a in error.validator_value if a is not None]
+        allowed = [a for a in wanted if a is not None]
         near = nearest(str(found), [str(a) for a in allowed])
         yield key, f"found {_show(found)}; allowed: {', '.join(str(a) for a in allowed)}{near}"
     elif error.validator == "type":
-        wanted = error.validator_value
         names = " or ".join(wanted) if isinstance(wanted, list) else wanted
         yield key, f"found {_show(found)} ({_kind(found)}); expected {names}"
     elif error.validator in _BOUNDS:
-        yield key, f"found {_show(found)}; expected {_BOUNDS[str(error.validator)].format(error.validator_value)}"
+        yield key, f"found {_show(found)}; expected {_BOUNDS[str(error.validator)].format(wanted)}"
     else:
         yield key, error.message
 
@@ -275,9 +286,9 @@ _BOUNDS = {
 }
 
 
-def _unknown_key(name: str, known: list[str], schema: Any, path: list[Any]) -> str:
+def _unknown_key(name: str, known: list[str], schema: dict[str, Any], path: list[Any]) -> str:
     near = nearest(name, known)
-    rule = schema.get("x-prefix-rule") if isinstance(schema, dict) else None
+    rule = schema.get("x-prefix-rule")
     if rule:
         return f"not a key of this optimizer. {rule.rstrip('.')}{near}"
     listing = f"; known here: {', '.join(sorted(known))}" if not near or len(known) <= 8 else ""

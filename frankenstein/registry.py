@@ -23,7 +23,7 @@ class Registry(Mapping[str, T], Generic[T]):
     Args:
         kind: what an entry is called in messages, e.g. "mixer".
         package: dotted name of the package whose modules register themselves on import.
-        announced: names the configuration contract has and this version does not; asking for one raises NotBuiltYetError.
+        announced: names that the contract has and this version does not; asking for one raises NotBuiltYetError.
     """
 
     def __init__(self, kind: str, package: str, announced: tuple[str, ...] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The JSON Schema of params.yaml, composed from the options classes and the registries: `python -m frankenstein.schema FILE`."""
+"""The JSON Schema of params.yaml, from options classes and registries: `python -m frankenstein.schema FILE`."""
 
 import io
 import sys

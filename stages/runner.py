@@ -17,7 +17,9 @@ def run(main: Callable[..., Any]) -> None:
 
     What the user did wrong ends in one message on stderr and exit code 2.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m stages.{Path(sys.argv[0]).stem}", description=inspect.getdoc(main))
+    parser = argparse.ArgumentParser(
+        prog=f"python -m stages.{Path(sys.argv[0]).stem}", description=inspect.getdoc(main)
+    )
     for name, parameter in inspect.signature(main).parameters.items():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=Path, required=True, metavar="PATH")
@@ -26,5 +28,5 @@ def run(main: Callable[..., Any]) -> None:
     try:
         main(load_params("params.yaml"), **paths)
     except FrankensteinError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         sys.exit(2)

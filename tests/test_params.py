@@ -54,18 +54,33 @@ def test_overrides_win_and_are_validated() -> None:
 
 
 WRONG = {
-    "unknown top-level key": ("modell:\n  hidden_size: 8\n", "params.yaml:1:1: modell: unknown key; did you mean 'model'"),
-    "unknown nested key": ("model:\n  hiden_size: 8\n", "params.yaml:2:3: model.hiden_size: unknown key in model; did you mean 'hidden_size'"),
-    "wrong type": ("model:\n  hidden_size: many\n", 'params.yaml:2:3: model.hidden_size: found "many" (string); expected integer'),
+    "unknown top-level key": (
+        "modell:\n  hidden_size: 8\n",
+        "params.yaml:1:1: modell: unknown key; did you mean 'model'",
+    ),
+    "unknown nested key": (
+        "model:\n  hiden_size: 8\n",
+        "params.yaml:2:3: model.hiden_size: unknown key in model; did you mean 'hidden_size'",
+    ),
+    "wrong type": (
+        "model:\n  hidden_size: many\n",
+        'params.yaml:2:3: model.hidden_size: found "many" (string); expected integer',
+    ),
     "a boolean is no integer": ("model:\n  num_heads: true\n", "found true (boolean); expected integer"),
-    "out of range": ("training:\n  mlm_probability: 1.5\n", "training.mlm_probability: found 1.5; expected at most 1.0"),
+    "out of range": (
+        "training:\n  mlm_probability: 1.5\n",
+        "training.mlm_probability: found 1.5; expected at most 1.0",
+    ),
     "unknown mixer": (
         "model:\n  layer_pattern:\n    - retnet\n    - glaa_attn\n",
-        "params.yaml:4:7: model.layer_pattern[1]: found \"glaa_attn\"; allowed: ",
+        'params.yaml:4:7: model.layer_pattern[1]: found "glaa_attn"; allowed: ',
     ),
     "mixer of later work": ("model:\n  layer_pattern: [mamba]\n", 'model.layer_pattern[0]: "mamba" is not built yet'),
     "feature of later work": ("model:\n  use_moe: true\n", "params.yaml:2:3: model.use_moe: true is not built yet"),
-    "optimizer of later work": ("training:\n  optimizer:\n    optimizer_class: lion\n", 'optimizer_class: "lion" is not built yet'),
+    "optimizer of later work": (
+        "training:\n  optimizer:\n    optimizer_class: lion\n",
+        'optimizer_class: "lion" is not built yet',
+    ),
     "key of another optimizer": (
         "training:\n  optimizer:\n    optimizer_class: adamw\n    parameters:\n      lion-lr: 1e-4\n",
         "params.yaml:5:7: training.optimizer.parameters.lion-lr: not a key of this optimizer.",
@@ -79,10 +94,16 @@ WRONG = {
         "training.optimizer.parameters.lr: not a key of this optimizer.",
     ),
     "heads do not divide": ("model:\n  hidden_size: 128\n  num_heads: 5\n", "params.yaml:3:3: model.num_heads"),
-    "not finite": ("training:\n  grad_clip_max_norm: .nan\n", "training.grad_clip_max_norm: found nan; expected a finite number"),
+    "not finite": (
+        "training:\n  grad_clip_max_norm: .nan\n",
+        "training.grad_clip_max_norm: found nan; expected a finite number",
+    ),
     "empty section": ("model:\n", "params.yaml:1:1: model: found null (null); expected object"),
     "empty list": ("model:\n  layer_pattern: []\n", "model.layer_pattern: found []; expected at least 1 item(s)"),
-    "a rule between sections": ("quantize:\n  weights: none\n", "export.model: 'ternary' needs quantize.weights: ternary"),
+    "a rule between sections": (
+        "quantize:\n  weights: none\n",
+        "export.model: 'ternary' needs quantize.weights: ternary",
+    ),
     "not a mapping": ("- a\n- b\n", "found a CommentedSeq; expected a mapping"),
     "empty file": ("", "found nothing; expected a mapping"),
     "bad YAML": ("model: [a\n", "not valid YAML"),
@@ -109,8 +130,8 @@ def test_a_foreign_optimizer_key_explains_the_prefix_rule(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "scalar",
-    ["1e-4", "1E5", "1.e3", "1_000", "0o17", "0x1F", "no", "yes", "on", "off", "~", "null", "", "true", "False", ".5", "+1", "-0.0", "12:30:45", "2026-01-01", "1e", "1.5e+3", "'1e-4'"],
-)  # fmt: skip
+    [*"1e-4 1E5 1.e3 1_000 0o17 0x1F no yes on off ~ null true False .5 +1 -0.0 12:30:45 1e 1.5e+3 '1e-4'".split(), ""],
+)
 def test_scalars_read_as_dvc_reads_them(tmp_path: Path, scalar: str) -> None:
     path = write(tmp_path, f"a: {scalar}\n")
     ours, dvcs = plain(read_yaml(path)), load_yaml(str(path))
@@ -134,9 +155,11 @@ def test_the_schema_has_every_field_of_the_inventories() -> None:
     properties = committed_schema()["properties"]
     model = """vocab_size hidden_size num_layers num_loops num_heads retention_heads num_experts top_k_experts dropout
         layer_pattern ode_solver ode_steps use_bitnet norm_type use_factorized_embedding factorized_embedding_dim
-        use_embedding_conv embedding_conv_kernel hope_base hope_damping use_hope use_moe ffn_hidden_size ffn_activation"""
+        use_embedding_conv embedding_conv_kernel hope_base hope_damping use_hope use_moe ffn_hidden_size
+        ffn_activation"""
     training = """batch_size dataloader_workers max_length mlm_probability max_samples dataset_batch_size num_workers
-        cache_dir local_parquet_dir prefer_local_cache stream_local_parquet use_amp gradient_accumulation_steps optimizer
+        cache_dir local_parquet_dir prefer_local_cache stream_local_parquet use_amp gradient_accumulation_steps
+        optimizer
         scheduler_total_steps scheduler_warmup_ratio scheduler_type grad_clip_max_norm inf_post_clip_threshold
         max_nan_retries checkpoint_every_n_steps max_rolling_checkpoints num_best_checkpoints nan_check_interval
         log_gradient_stats gradient_log_interval csv_log_path csv_rotate_on_schema_change gpu_metrics_backend
@@ -172,7 +195,12 @@ def test_a_plugin_extends_the_schema(tmp_path: Path) -> None:
         "except fk.ParamsError as e: print(e)\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": f"{ROOT}:{tmp_path}"}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert run.stdout.splitlines()[0] == "my_norm"
     assert "plugins[0]: cannot import 'no_such_plugin'" in run.stdout

@@ -12,7 +12,8 @@ class Task:
         labels: names of the integer labels 0..n-1; empty for a graded task.
         score_range: lowest and highest score of a graded task; None for classes.
         targets: cosine that Siamese training asks of each label (graded tasks: of the lowest and the highest score).
-        similar, dissimilar: label that counts as similar / as dissimilar when only the cosine decides; other labels are left out there.
+        similar, dissimilar: labels that count as similar and as dissimilar when only the cosine decides; others are
+            left out there.
     """
 
     labels: ClassVar[tuple[str, ...]] = ()
