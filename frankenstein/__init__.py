@@ -9,6 +9,8 @@ from typing import Any
 
 # OpenMP threads that spin while they wait starve each other on a busy machine; libgomp reads this when torch loads it.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# cuBLAS is deterministic only with a fixed workspace.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 __version__ = "0.1.0"
 

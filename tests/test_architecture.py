@@ -12,7 +12,20 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted((ROOT / "frankenstein").rglob("*.py"))
 STAGES = sorted(p for p in (ROOT / "stages").glob("*.py") if p.stem not in ("__init__", "runner"))
 # A room may import itself and everything to its right.
-ORDER = "cli evaluation sentence training optimizers quantization model mixers text inputs tasks base".split()
+ORDER = [
+    "cli",
+    "evaluation",
+    "sentence",
+    "training",
+    "optimizers",
+    "quantization",
+    "model",
+    "mixers",
+    "text",
+    "inputs",
+    "tasks",
+    "base",
+]
 BASE = ("params", "artifact", "registry", "options", "errors", "runtime")
 
 

@@ -20,7 +20,9 @@ def test_an_entry_answers_to_all_its_names() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown mixer 'glowattn'; known: glow, glow_attn; did you mean 'glow_attn'"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown mixer 'glowattn'; known: glow, glow_attn; did you mean 'glow_attn'"
+    ):
         make()["glowattn"]
 
 

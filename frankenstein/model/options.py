@@ -13,7 +13,7 @@ _TRUE = {"const": True}
 class ModelOptions:
     """The encoder: width, depth, mixers, feed-forward, norms, embeddings."""
 
-    vocab_size: int = option(2000, "Vocabulary size; the tokenizer is trained to it.", minimum=1)
+    vocab_size: int = option(1200, "Vocabulary size; the tokenizer is trained to it.", minimum=1)
     hidden_size: int = option(128, "Hidden width D.", minimum=1)
     num_layers: int = option(4, "Physical layers.", minimum=1)
     num_loops: int = option(

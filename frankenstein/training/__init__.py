@@ -1,1 +1,1 @@
-
+"""Training: the loop, schedules, stability guard, checkpoints, telemetry, pretraining and the ternary finish."""
