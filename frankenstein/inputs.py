@@ -5,8 +5,7 @@ from pathlib import Path
 
 from frankenstein.params import Fault, Params, ParamsError
 from frankenstein.tasks.registry import TASKS
-
-GENERATED = "data/sample"
+from frankenstein.text.options import SAMPLE_TASKS_PATH
 
 
 def check_inputs(params: Params) -> None:
@@ -23,7 +22,7 @@ def _missing(params: Params) -> Iterator[tuple[str, str]]:
             "data.path",
             f"{data.path!r} does not exist; expected a {data.source} file or folder for data.source {data.source}",
         )
-    if data.tasks_path == GENERATED:
+    if data.tasks_path == SAMPLE_TASKS_PATH:
         return
     folder = Path(data.tasks_path)
     if not folder.is_dir():

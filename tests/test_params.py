@@ -128,10 +128,15 @@ def test_a_foreign_optimizer_key_explains_the_prefix_rule(tmp_path: Path) -> Non
     assert "lr_norms" in fault
 
 
+MORE = [".5", "+1", "-0.0", "12:30:45", "1e", "1.5e+3", "'1e-4'"]
+
+
 @pytest.mark.parametrize(
     "scalar",
-    ["1e-4", "1E5", "1.e3", "1_000", "0o17", "0x1F", "no", "yes", "on", "off", "~", "null", "", "true", "False"]
-    + [".5", "+1", "-0.0", "12:30:45", "1e", "1.5e+3", "'1e-4'"],
+    [
+        *["1e-4", "1E5", "1.e3", "1_000", "0o17", "0x1F", "no", "yes", "on", "off", "~", "null", "", "true", "False"],
+        *MORE,
+    ],
 )
 def test_scalars_read_as_dvc_reads_them(tmp_path: Path, scalar: str) -> None:
     path = write(tmp_path, f"a: {scalar}\n")

@@ -29,7 +29,9 @@ class TrainingOptions:
     max_length: int = option(128, "Tokens in one packed row.", minimum=8)
     mlm_probability: float = option(0.2, "Share of tokens chosen for prediction.", minimum=0.0, maximum=1.0)
     whole_word_masking: bool = option(False, "Choose whole words (piece boundary) instead of single tokens.")
-    max_samples: int = option(1_000_000, "Most corpus rows that are cached.", minimum=1)
+    max_samples: int = option(
+        1_000_000, "Most source documents that are cached; from local files an even, seeded sample of all.", minimum=1
+    )
     dataset_batch_size: int = option(1024, "Rows read from the source at once.", minimum=1)
     num_workers: int = option(
         0, "Processes that tokenize; 0 works in the main process. The bytes never depend on it.", minimum=0
