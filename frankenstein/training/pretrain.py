@@ -115,6 +115,7 @@ def _build(options: ModelOptions, vocab_size: int, max_length: int, seed: int) -
 def mlm_objective(
     words: Tokenizer, train: TokenRows, valid: TokenRows, options: TrainingOptions, seed: int
 ) -> MlmObjective:
+    """The masked-language-model objective over packed rows, with the masks that the options and the seed give."""
     rule = MaskingRule(
         mask_id=words.mask_id,
         special_ids=words.special_ids,
