@@ -1,0 +1,1 @@
+"""Embedded Spanish sample: a small grammar whose corpus and labelled pairs are true by construction. No torch."""
