@@ -16,6 +16,6 @@ class EvaluateOptions:
         minItems=1,
         uniqueItems=True,
     )
-    batch_size: int = option(64, "Sentences in one batch.", minimum=1)
-    probe_train_pairs: int = option(20000, "Most training pairs of a probe.", minimum=10)
+    batch_size: int = option(128, "Sentences in one batch.", minimum=1)
+    probe_train_pairs: int = option(4000, "Most training pairs of a probe, chosen by the seed.", minimum=10)
     bootstrap_samples: int = option(1000, "Resamples of the 95 % intervals.", minimum=100)

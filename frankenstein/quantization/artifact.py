@@ -96,9 +96,7 @@ def pack(
     }
     tensors = {name: tensor.detach().contiguous() for name, tensor in packed.state_dict().items()}
     with new_folder(folder, KIND, config) as temporary:
-        save_file(
-            {**tensors, _PROBE_IDS: ids, _PROBE_OUTPUT: output}, temporary / WEIGHTS, metadata={"format": "pt"}
-        )
+        save_file({**tensors, _PROBE_IDS: ids, _PROBE_OUTPUT: output}, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / TOKENIZER).write_bytes(tokenizer)
 
 
