@@ -19,7 +19,7 @@ class QuantizeOptions:
     )
     embeddings: str = option("int8", "Storage of the embedding table in the packed artifact.", enum=["int8", "float32"])
     steps: int = option(
-        250, "Quantization-aware finishing steps of a full-precision encoder; 0 packs it as it is.", minimum=0
+        120, "Quantization-aware finishing steps of a full-precision encoder; 0 packs it as it is.", minimum=0
     )
     warmup_fraction: float = option(
         0.2,

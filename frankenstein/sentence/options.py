@@ -23,10 +23,10 @@ class SbertOptions:
         not_built={"enum": ["cosent", "mnrl", "softmax", "matryoshka", "distillation"]},
     )
     normalize: bool = option(True, "Scale sentence vectors to unit length.")
-    epochs: int = option(3, "Passes over the training pairs.", minimum=1)
-    batch_size: int = option(64, "Pairs in one step.", minimum=1)
+    epochs: int = option(2, "Passes over the training pairs.", minimum=1)
+    batch_size: int = option(32, "Pairs in one step.", minimum=1)
     max_length: int = option(64, "Longer sentences (in tokens) are cut.", minimum=4)
-    lr: float = option(1e-3, "Peak learning rate (AdamW, warm-up then cosine to zero).", exclusiveMinimum=0.0)
+    lr: float = option(4e-4, "Peak learning rate (AdamW, warm-up then cosine to zero).", exclusiveMinimum=0.0)
     weight_decay: float = option(0.01, "Decoupled weight decay.", minimum=0.0)
     warmup_ratio: float = option(0.1, "Share of the steps with a rising learning rate.", minimum=0.0, maximum=1.0)
     dev_pairs: int = option(300, "Most development pairs of a task in the score that ends an epoch.", minimum=2)
