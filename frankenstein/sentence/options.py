@@ -23,7 +23,7 @@ class SbertOptions:
         not_built={"enum": ["cosent", "mnrl", "softmax", "matryoshka", "distillation"]},
     )
     normalize: bool = option(True, "Scale sentence vectors to unit length.")
-    epochs: int = option(2, "Passes over the training pairs.", minimum=1)
+    epochs: int = option(1, "Passes over the training pairs.", minimum=1)
     batch_size: int = option(32, "Pairs in one step.", minimum=1)
     max_length: int = option(64, "Longer sentences (in tokens) are cut.", minimum=4)
     lr: float = option(4e-4, "Peak learning rate (AdamW, warm-up then cosine to zero).", exclusiveMinimum=0.0)

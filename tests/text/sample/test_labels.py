@@ -121,8 +121,10 @@ def test_overlap_of_words_does_not_tell_paraphrases(options: dict) -> None:
 
     found = _test_pairs("pawsx")
     cosines, labels = _cosines(found, options), [p[2] for p in found]
-    assert 0.40 <= roc_auc_score(labels, cosines) <= 0.60
-    assert 0.40 <= average_precision_score(labels, cosines) <= 0.60
+    # N-grams that span two words see which count stands before which noun; those inside a word see nothing.
+    most = 0.65 if options.get("analyzer") == "char" else 0.60
+    assert 0.40 <= roc_auc_score(labels, cosines) <= most
+    assert 0.40 <= average_precision_score(labels, cosines) <= most
 
 
 @pytest.mark.parametrize("options", VECTORS.values(), ids=VECTORS.keys())
