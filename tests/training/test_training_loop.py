@@ -175,4 +175,6 @@ def test_loop_settings_take_every_field_from_the_training_section() -> None:
     assert (settings.steps, settings.seed, settings.max_nan_retries, settings.amp) == (9, 3, 5, True)
     assert (settings.dataloader_workers, settings.steps_per_epoch) == (2, 4)
     defaults = LoopSettings.from_training(TrainingOptions(), 0)
-    assert defaults == LoopSettings(steps=600), "the defaults of the loop are those of the training section"
+    assert defaults == LoopSettings(steps=TrainingOptions().scheduler_total_steps), (
+        "the defaults of the loop are those of the training section"
+    )
