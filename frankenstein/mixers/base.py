@@ -22,7 +22,11 @@ class MixerContext:
     """What the encoder tells every mixer.
 
     `dropout` is the encoder's rate; the block already applies it to the mixer's output. `max_length` is the row length
-    in pretraining; longer rows must work. `rotary` turns (B, T, H, K) by position, or is None.
+    in pretraining; longer rows must work. `rotary` turns (B, T, H, K) by position, or is None. `num_kv_heads` is the
+    number of key and value heads of the softmax family (grouped-query attention); None means `num_heads`. `earlier` are
+    the layers of the same mixer that the encoder has built before this one, of `num_same` in all: for parameters that
+    the layers of one encoder share. `norm` builds the encoder's normalization of a width; `ode_solver` and `ode_steps`
+    are those of the encoder's options.
     """
 
     hidden_size: int
@@ -33,13 +37,22 @@ class MixerContext:
     max_length: int
     layer_index: int
     rotary: Callable[[Tensor], Tensor] | None
+    num_kv_heads: int | None = None
+    earlier: tuple["Mixer", ...] = ()
+    num_same: int = 1
+    norm: Callable[[int], nn.Module] = nn.RMSNorm
+    ode_solver: str = "rk4"
+    ode_steps: int = 2
 
 
 class Mixer(nn.Module):
     """Base of all mixers: what the registry and the optimizer groups know about a class.
 
     `trainable` is False for mixers that only run in evaluation mode; `parameter_group` is the optimizer group of the
-    mixer's parameters: attention, retnet, mamba or ode.
+    mixer's parameters: attention, retnet, mamba or ode. `logical_index` is the place of the running traversal among all
+    `num_layers x num_loops`; the encoder sets it before each call. `initialize` runs after the encoder has drawn the
+    weights of all linear layers, for what the authors initialize otherwise; `losses` gives the auxiliary losses of the
+    last forward pass in training, by name.
     """
 
     Options: ClassVar[type]
@@ -48,6 +61,14 @@ class Mixer(nn.Module):
 
     def __init__(self, context: MixerContext, options: Any) -> None:
         super().__init__()
+        self.logical_index = context.layer_index
+
+    def initialize(self) -> None:
+        """Set what the authors initialize in their own way; most mixers have nothing of the kind."""
+
+    def losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses of the last forward pass; most mixers have none."""
+        return {}
 
 
 MIXERS: Registry[type[Mixer]] = Registry(
@@ -83,18 +104,27 @@ class HeadProjections(nn.Module):
         context: gives the width and the rotation.
         num_heads: H; each head has K = D / H channels.
         count: parts returned: 3 for queries, keys, values; 4 with gates.
+        num_kv_heads: G, heads of keys and values; None means H.
     """
 
-    def __init__(self, context: MixerContext, num_heads: int, count: int) -> None:
+    def __init__(self, context: MixerContext, num_heads: int, count: int, num_kv_heads: int | None = None) -> None:
         super().__init__()
-        self.num_heads, self.count, self.rotary = num_heads, count, context.rotary
-        self.linear = nn.Linear(context.hidden_size, count * context.hidden_size, bias=False)
+        groups = num_heads if num_kv_heads is None else num_kv_heads
+        self.heads = (num_heads, groups, groups, *(num_heads,) * (count - 3))
+        self.rotary = context.rotary
+        self.linear = nn.Linear(context.hidden_size, sum(self.heads) * (context.hidden_size // num_heads), bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """`count` tensors (B, T, H, K)."""
-        heads = self.num_heads
-        parts = self.linear(x).unflatten(-1, (self.count * heads, -1))
-        query_key, *rest = parts.split((2 * heads, *(heads,) * (self.count - 2)), dim=2)
+        """Queries (B, T, H, K), keys and values (B, T, G, K), then gates (B, T, H, K)."""
+        parts = self.linear(x).unflatten(-1, (sum(self.heads), -1))
+        queries, keys = self.heads[:2]
+        query_key, *rest = parts.split((queries + keys, *self.heads[2:]), dim=2)
         if self.rotary is not None:
             query_key = self.rotary(query_key)
-        return (*query_key.split(heads, dim=2), *rest)
+        return (*query_key.split((queries, keys), dim=2), *rest)
+
+
+def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, G, K) to (B, T, H, K): query head h reads group h // (H / G). Unchanged where G = H."""
+    groups = x.shape[2]
+    return x if groups == num_heads else x.repeat_interleave(num_heads // groups, dim=2)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext
+from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
 from frankenstein.mixers.standard_attn import softmax_attention, softmax_dense
 
 
@@ -63,12 +63,13 @@ class GatedSoftmaxAttention(Mixer):
 
     def __init__(self, context: MixerContext, options: Options) -> None:
         super().__init__(context, options)
-        self.causal = context.causal
-        self.project = HeadProjections(context, context.num_heads, 4)
+        self.causal, self.num_heads = context.causal, context.num_heads
+        self.project = HeadProjections(context, context.num_heads, 4, context.num_kv_heads)
         self.out = nn.Linear(context.hidden_size, context.hidden_size, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); mask (B, T), True for real tokens."""
         q, k, v, gate = self.project(x)
+        k, v = repeat_heads(k, self.num_heads), repeat_heads(v, self.num_heads)
         o = gated_softmax_attention(q, k, v, gate, key_padding_mask=mask, causal=self.causal)
         return self.out(o.flatten(2))

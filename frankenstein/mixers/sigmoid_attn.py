@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext
+from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
 from frankenstein.options import option
 
 Bias = float | Tensor | None
@@ -106,7 +106,8 @@ class SigmoidAttention(Mixer):
         super().__init__(context, options)
         width = context.hidden_size
         self.causal, self.bias, self.max_length = context.causal, options.bias, context.max_length
-        self.project = HeadProjections(context, context.num_heads, 3)
+        self.num_heads = context.num_heads
+        self.project = HeadProjections(context, context.num_heads, 3, context.num_kv_heads)
         self.out = nn.Linear(width, width, bias=False)
         self.norm = nn.RMSNorm(width, eps=1e-6) if options.stabilizer == "hybrid_norm" else None
         scaled = options.stabilizer == "layer_scale"
@@ -115,6 +116,7 @@ class SigmoidAttention(Mixer):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D); mask (B, T), True for real tokens."""
         q, k, v = self.project(x)
+        k, v = repeat_heads(k, self.num_heads), repeat_heads(v, self.num_heads)
         bias = self._logit_bias(x, mask)
         y = self.out(sigmoid_attention(q, k, v, key_padding_mask=mask, causal=self.causal, bias=bias).flatten(2))
         if self.norm is not None:

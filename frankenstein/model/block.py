@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from frankenstein.mixers.base import Mixer
+
 
 class Block(nn.Module):
     """z = x + mixer(norm(x)); y = z + ffn(norm(z)), with dropout on both sublayers' outputs.
@@ -10,14 +12,18 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, mixer_norm: nn.Module, mixer: nn.Module, ffn_norm: nn.Module, ffn: nn.Module, dropout: float
+        self, mixer_norm: nn.Module, mixer: Mixer, ffn_norm: nn.Module, ffn: nn.Module, dropout: float
     ) -> None:
         super().__init__()
         self.mixer_norm, self.mixer = mixer_norm, mixer
         self.ffn_norm, self.ffn = ffn_norm, ffn
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, T, D) to (B, T, D); mask (B, T) bool, True for real tokens, which come first; None means all are real."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, logical_index: int = 0) -> Tensor:
+        """(B, T, D) to (B, T, D); mask (B, T) bool, True for real tokens, which come first; None means all are real.
+
+        `logical_index` is the place of this traversal among all layers x loops.
+        """
+        self.mixer.logical_index = logical_index
         x = x + self.dropout(self.mixer(self.mixer_norm(x), mask))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError, NotBuiltYetError
-from frankenstein.mixers.base import MIXERS, MixerContext
+from frankenstein.mixers.base import MIXERS, Mixer, MixerContext
 from frankenstein.model.block import Block
 from frankenstein.model.feed_forward import FeedForward
 from frankenstein.model.head import MlmHead
@@ -66,6 +66,11 @@ class Encoder(nn.Module):
                 nn.init.normal_(module.weight, std=residual if name.endswith(".out") else INIT_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for mixer in self._mixers():
+            mixer.initialize()
+
+    def _mixers(self) -> list[Mixer]:
+        return [block.mixer for block in self.blocks]  # type: ignore[misc]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden vectors of every token.
@@ -99,9 +104,9 @@ class Encoder(nn.Module):
             # A row without any real token keeps its first column, which the caller drops: no mixer meets an empty row.
             real = None if real.all() else real | (torch.arange(real.shape[1], device=real.device) == 0)
         x = self.dropout(self.embedding(input_ids))
-        for _ in range(self.options.num_loops):
-            for block in self.blocks:
-                x = block(x, real)
+        for loop in range(self.options.num_loops):
+            for index, block in enumerate(self.blocks, loop * len(self.blocks)):
+                x = block(x, real, index)
         return self.final_norm(x)
 
     def mlm_logits(self, rows: Tensor) -> Tensor:
@@ -116,8 +121,12 @@ class Encoder(nn.Module):
         return {**counts, "total": sum(counts.values())}
 
     def losses(self) -> dict[str, Tensor]:
-        """Auxiliary losses of the last forward pass, by name; the parts built so far have none."""
-        return {}
+        """Auxiliary losses of the last forward pass, by name, summed over the layers that have them."""
+        losses: dict[str, Tensor] = {}
+        for mixer in self._mixers():
+            for name, value in mixer.losses().items():
+                losses[name] = losses[name] + value if name in losses else value
+        return losses
 
 
 def build_encoder(params: Params) -> Encoder:
@@ -133,9 +142,11 @@ def build_encoder(params: Params) -> Encoder:
 def _blocks(options: ModelOptions, max_length: int) -> list[Block]:
     rotary = Rotary(options.rope_base) if options.positions == "rope" else None
     norm, width = NORMS[options.norm_type], options.hidden_size
-    blocks = []
-    for index in range(options.num_layers):
-        name = options.layer_pattern[index % len(options.layer_pattern)]
+    blocks: list[Block] = []
+    pattern = [options.layer_pattern[i % len(options.layer_pattern)] for i in range(options.num_layers)]
+    built: dict[type[Mixer], list[Mixer]] = {MIXERS[name]: [] for name in pattern}
+    for index, name in enumerate(pattern):
+        same = built[MIXERS[name]]
         context = MixerContext(
             hidden_size=width,
             num_heads=options.num_heads,
@@ -145,8 +156,15 @@ def _blocks(options: ModelOptions, max_length: int) -> list[Block]:
             max_length=max_length,
             layer_index=index,
             rotary=rotary,
+            num_kv_heads=options.num_kv_heads,
+            earlier=tuple(same),
+            num_same=sum(MIXERS[other] is MIXERS[name] for other in pattern),
+            norm=norm,
+            ode_solver=options.ode_solver,
+            ode_steps=options.ode_steps,
         )
         mixer = MIXERS[name](context, _mixer_options(name, options.mixers.get(name, {})))
+        same.append(mixer)
         ffn = FeedForward(width, options.ffn_hidden_size, options.ffn_activation)
         blocks.append(Block(norm(width), mixer, norm(width), ffn, options.dropout))
     return blocks
