@@ -67,7 +67,8 @@ def file_data(train: Path, dev: Path | None = None) -> PairData:
     """Training pairs, and development pairs where a file is given, for `finetune`."""
     files = [train] if dev is None else [train, dev]
     digest = " ".join(sha256(path) for path in files if path.is_file())
-    return PairData(read_scored_pairs(train), {} if dev is None else {"dev": read_scored_pairs(dev)}, digest)
+    pairs = read_scored_pairs(train)
+    return PairData(pairs, (len(pairs),), {} if dev is None else {"dev": read_scored_pairs(dev)}, digest)
 
 
 def _read(path: Path, required: list[str], optional: list[str]) -> Iterator[Rows]:

@@ -155,7 +155,7 @@ def _tune(
     words = Tokenizer.load(folder)
     settings = SentenceSettings(options.pooling, options.normalize, options.max_length)
     sets = {task: PairSet(pairs, words, options.max_length) for task, pairs in data.dev.items()}
-    objective = SiameseObjective(PairSet(data.train, words, options.max_length), sets, options, seed)
+    objective = SiameseObjective(PairSet(data.train, words, options.max_length), data.sizes, sets, options, seed)
     trainer = Trainer(
         encoder,
         build_optimizer(encoder, _optimizer(options)),

@@ -1,6 +1,6 @@
 """Siamese fine-tuning as an objective of the shared training loop."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,12 +18,15 @@ class SiameseObjective(Objective):
 
     Source: Reimers and Gurevych 2019, section 3, https://arxiv.org/abs/1908.10084.
     Args:
+        sizes: training pairs of each task, in the order of `train`; a batch has pairs of one task.
         dev: development pairs by task; the score of a task is the Spearman correlation of cosines and targets.
     """
 
-    def __init__(self, train: PairSet, dev: Mapping[str, PairSet], options: SbertOptions, seed: int) -> None:
+    def __init__(
+        self, train: PairSet, sizes: Sequence[int], dev: Mapping[str, PairSet], options: SbertOptions, seed: int
+    ) -> None:
         self.train, self.dev, self.options = train, dev, options
-        self.order = PairOrder(train.lengths, options.batch_size, seed)
+        self.order = PairOrder(train.lengths, sizes, options.batch_size, seed)
         self.pair_loss = pair_loss(options.loss)
 
     @property

@@ -15,7 +15,11 @@ class SbertOptions:
         minItems=1,
         uniqueItems=True,
     )
-    pooling: str = option("mean", "How token vectors become a sentence vector.", enum=["mean", "cls", "max"])
+    pooling: str = option(
+        "max",
+        "How token vectors become a sentence vector; max tells who did what to whom sooner than mean does.",
+        enum=["mean", "cls", "max"],
+    )
     loss: str = option(
         "cosine",
         "cosine: squared error of the cosine against a target in [-1, 1].",
@@ -26,7 +30,7 @@ class SbertOptions:
     epochs: int = option(1, "Passes over the training pairs.", minimum=1)
     batch_size: int = option(32, "Pairs in one step.", minimum=1)
     max_length: int = option(64, "Longer sentences (in tokens) are cut.", minimum=4)
-    lr: float = option(4e-4, "Peak learning rate (AdamW, warm-up then cosine to zero).", exclusiveMinimum=0.0)
+    lr: float = option(6e-4, "Peak learning rate (AdamW, warm-up then cosine to zero).", exclusiveMinimum=0.0)
     weight_decay: float = option(0.01, "Decoupled weight decay.", minimum=0.0)
     warmup_ratio: float = option(0.1, "Share of the steps with a rising learning rate.", minimum=0.0, maximum=1.0)
     dev_pairs: int = option(300, "Most development pairs of a task in the score that ends an epoch.", minimum=2)

@@ -60,15 +60,21 @@ class PairSet:
 
 
 class PairOrder:
-    """Which pairs make up a step: every pair once an epoch, pairs of like length together.
+    """Which pairs make up a step: every pair once an epoch, pairs of one task and of like length together.
 
-    A pure function of (seed, step): an epoch's shuffle is cut into stretches of some batches, each stretch is sorted by
-    length and cut into batches, and the batches of the stretch are shuffled again. The last batch may be smaller.
+    A pure function of (seed, step): the shuffled pairs of each task are cut into stretches of some batches, a stretch is
+    sorted by length and cut into batches, and the batches of all tasks are shuffled. The last batch of a task may be
+    smaller.
+    Source: the proportional sampler over several datasets of sentence-transformers,
+    https://sbert.net/docs/package_reference/sentence_transformer/sampler.html
+    Args:
+        lengths: tokens of each pair.
+        sizes: pairs of each task, in the order of `lengths`.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.steps_per_epoch = -(-len(lengths) // batch_size)
+    def __init__(self, lengths: np.ndarray, sizes: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.sizes, self.batch_size, self.seed = lengths, tuple(sizes), batch_size, seed
+        self.steps_per_epoch = sum(-(-size // batch_size) for size in sizes)
         self._cached: tuple[int, list[np.ndarray]] = (-1, [])
 
     def indices(self, step: int) -> np.ndarray:
@@ -80,20 +86,28 @@ class PairOrder:
 
     def _epoch(self, epoch: int) -> Iterator[np.ndarray]:
         generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        shuffled = generator.permutation(len(self.lengths))
         stretch = _WINDOW * self.batch_size
-        for start in range(0, len(shuffled), stretch):
-            window = shuffled[start : start + stretch]
-            window = window[np.argsort(self.lengths[window], kind="stable")]
-            batches = [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
-            yield from (batches[i] for i in generator.permutation(len(batches)))
+        batches: list[np.ndarray] = []
+        first = 0
+        for size in self.sizes:
+            shuffled = first + generator.permutation(size)
+            first += size
+            for start in range(0, size, stretch):
+                window = shuffled[start : start + stretch]
+                window = window[np.argsort(self.lengths[window], kind="stable")]
+                batches += [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
+        yield from (batches[i] for i in generator.permutation(len(batches)))
 
 
 @dataclass(frozen=True)
 class PairData:
-    """What is trained on: pairs with wanted cosines, development pairs by task, and a digest of their source."""
+    """What is trained on: pairs with wanted cosines, development pairs by task, and a digest of their source.
+
+    `sizes` are the training pairs of each task, which stand one task after the other.
+    """
 
     train: Pairs
+    sizes: tuple[int, ...]
     dev: Mapping[str, Pairs]
     digest: str
 
@@ -108,6 +122,7 @@ def task_data(cache: Path, tasks: Sequence[str], dev_pairs: int) -> PairData:
     dev = {task: _read(cache, task, "dev") for task in tasks}
     return PairData(
         _join(train),
+        tuple(len(pairs) for pairs in train),
         {task: _first(pairs, dev_pairs) for task, pairs in dev.items() if pairs is not None},
         sha256(cache / MANIFEST),
     )

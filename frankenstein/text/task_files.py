@@ -144,8 +144,7 @@ def _sample_splits(data: DataOptions, seed: int) -> Iterator[tuple[str, str, Pai
 
     for task in _SAMPLE_TASKS:
         for split in SPLITS:
-            graded = 1 if TASKS[task].labels else 2
-            size = data.sample_pairs * graded if split == "train" else data.sample_eval_pairs
+            size = data.sample_pairs if split == "train" else data.sample_eval_pairs
             first, second, targets = zip(*generate.pairs(task, split, size, seed), strict=True)
             ids = [f"{task}:{split}:{n}" for n in range(1, len(first) + 1)]
             yield task, split, Pairs(ids, list(first), list(second), np.array(targets))

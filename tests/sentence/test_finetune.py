@@ -59,7 +59,7 @@ def objective(world: World) -> SiameseObjective:
     words = Tokenizer.load(world.tokenizer)
     pairs = toy_pairs(24, 1)
     train = PairSet(replace(pairs, targets=pairs.targets / 5), words, 32)
-    return SiameseObjective(train, {"toy": train}, replace(OPTIONS, batch_size=8), seed=1)
+    return SiameseObjective(train, (len(train),), {"toy": train}, replace(OPTIONS, batch_size=8), seed=1)
 
 
 def test_the_loss_of_a_batch_is_that_of_its_pairs_encoded_one_by_one(world: World) -> None:

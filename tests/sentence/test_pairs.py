@@ -12,19 +12,29 @@ LENGTHS = np.random.default_rng(3).integers(4, 40, 1003)
 
 
 def test_every_pair_comes_once_an_epoch_and_the_order_changes_with_epoch_and_seed() -> None:
-    order = PairOrder(LENGTHS, 16, seed=5)
+    order = PairOrder(LENGTHS, (len(LENGTHS),), 16, seed=5)
     epochs = [[order.indices(e * order.steps_per_epoch + i) for i in range(order.steps_per_epoch)] for e in range(2)]
     assert order.steps_per_epoch == 63  # ceil(1003 / 16): the batch size is honoured and the rest is not dropped
     for batches in epochs:
         assert sorted(np.concatenate(batches)) == list(range(1003))
         assert sorted(map(len, batches)) == [11] + [16] * 62
     assert not np.array_equal(np.concatenate(epochs[0]), np.concatenate(epochs[1]))
-    assert not np.array_equal(PairOrder(LENGTHS, 16, seed=6).indices(0), order.indices(0))
+    assert not np.array_equal(PairOrder(LENGTHS, (len(LENGTHS),), 16, seed=6).indices(0), order.indices(0))
+
+
+def test_a_batch_has_pairs_of_one_task_and_every_pair_comes_once() -> None:
+    sizes = (100, 7, len(LENGTHS) - 107)
+    order = PairOrder(LENGTHS, sizes, 16, seed=5)
+    task_of = np.repeat(np.arange(3), sizes)
+    batches = [order.indices(step) for step in range(order.steps_per_epoch)]
+    assert all(len(set(task_of[batch])) == 1 for batch in batches)
+    assert sorted(np.concatenate(batches)) == list(range(len(LENGTHS)))
+    assert len({int(task_of[batch[0]]) for batch in batches[: len(batches) // 2]}) > 1  # tasks are interleaved
 
 
 def test_the_order_is_a_pure_function_of_seed_and_step() -> None:
-    straight = PairOrder(LENGTHS, 16, seed=5)
-    backwards = PairOrder(LENGTHS, 16, seed=5)
+    straight = PairOrder(LENGTHS, (len(LENGTHS),), 16, seed=5)
+    backwards = PairOrder(LENGTHS, (len(LENGTHS),), 16, seed=5)
     steps = range(130)
     expected = [straight.indices(step) for step in steps]
     for step in reversed(steps):
@@ -32,7 +42,7 @@ def test_the_order_is_a_pure_function_of_seed_and_step() -> None:
 
 
 def test_pairs_of_like_length_share_a_batch() -> None:
-    order = PairOrder(LENGTHS, 16, seed=5)
+    order = PairOrder(LENGTHS, (len(LENGTHS),), 16, seed=5)
     padded = sum(LENGTHS[b].max() * len(b) for b in map(order.indices, range(order.steps_per_epoch)))
     shuffled = np.random.default_rng(0).permutation(LENGTHS)
     unsorted = sum(shuffled[i : i + 16].max() * len(shuffled[i : i + 16]) for i in range(0, len(LENGTHS), 16))

@@ -59,7 +59,7 @@ def test_the_two_stages_make_models_reports_and_embeddings(world: World, monkeyp
     assert open_folder("data/sbert/full")["sentence"] == {"pooling": "cls", "normalize": True, "max_length": 32}
     report = json.loads(Path("reports/metrics/sbert.json").read_text())
     assert sorted(report) == ["full", "ternary"]
-    assert report["full"]["steps"] == 6  # 256 + 32 pairs in batches of 48, once
+    assert report["full"]["steps"] == 7  # 256 and 32 pairs in batches of 48 of one task, once
     assert sorted(report["full"]["dev_spearman"]) == ["mean", "pawsx", "stsb"]
     header, *rows = Path("reports/plots/sbert.csv").read_text().splitlines()
     assert header == "step,model,loss,learning_rate,dev_spearman"
