@@ -75,8 +75,14 @@ WRONG = {
         "model:\n  layer_pattern:\n    - retnet\n    - glaa_attn\n",
         'params.yaml:4:7: model.layer_pattern[1]: found "glaa_attn"; allowed: ',
     ),
-    "mixer of later work": ("model:\n  layer_pattern: [mamba]\n", 'model.layer_pattern[0]: "mamba" is not built yet'),
-    "feature of later work": ("model:\n  use_moe: true\n", "params.yaml:2:3: model.use_moe: true is not built yet"),
+    "mixer of later work": (
+        "model:\n  layer_pattern: [mla_attn]\n",
+        'model.layer_pattern[0]: "mla_attn" is not built yet',
+    ),
+    "feature of later work": (
+        "training:\n  use_galore: true\n",
+        "params.yaml:2:3: training.use_galore: true is not built yet",
+    ),
     "optimizer of later work": (
         "training:\n  optimizer:\n    optimizer_class: lion\n",
         'optimizer_class: "lion" is not built yet',
@@ -118,7 +124,7 @@ def test_a_wrong_configuration_names_place_key_value_and_what_is_allowed(tmp_pat
 
 
 def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
-    found = faults(tmp_path, "seed: -1\nmodel:\n  hidden_size: 0\n  use_moe: true\ntraining:\n  batch: 3\n")
+    found = faults(tmp_path, "seed: -1\nmodel:\n  hidden_size: 0\n  use_moe: maybe\ntraining:\n  batch: 3\n")
     assert len(found) == 4
 
 

@@ -26,7 +26,8 @@ class MixerContext:
     number of key and value heads of the softmax family (grouped-query attention); None means `num_heads`. `earlier` are
     the layers of the same mixer that the encoder has built before this one, of `num_same` in all: for parameters that
     the layers of one encoder share. `norm` builds the encoder's normalization of a width; `ode_solver` and `ode_steps`
-    are those of the encoder's options.
+    are those of the encoder's options. `scores` gives the dot products (B, H, T, T) of queries and keys by position in
+    place of q k^T (HoPE), or is None; then `rotary` is None.
     """
 
     hidden_size: int
@@ -43,21 +44,26 @@ class MixerContext:
     norm: Callable[[int], nn.Module] = nn.RMSNorm
     ode_solver: str = "rk4"
     ode_steps: int = 2
+    scores: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class Mixer(nn.Module):
     """Base of all mixers: what the registry and the optimizer groups know about a class.
 
     `trainable` is False for mixers that only run in evaluation mode; `parameter_group` is the optimizer group of the
-    mixer's parameters: attention, retnet, mamba or ode. `logical_index` is the place of the running traversal among all
+    mixer's parameters: attention, retnet, mamba or ode. `positions` are the values of `model.positions` that the mixer
+    takes: hope only if it computes with `context.scores`, or knows no positions at all; `takes_use_hope` is True for a
+    mixer that `model.use_hope` turns to HoPE. `logical_index` is the place of the running traversal among all
     `num_layers x num_loops`; the encoder sets it before each call. `initialize` runs after the encoder has drawn the
     weights of all linear layers, for what the authors initialize otherwise; `losses` gives the auxiliary losses of the
-    last forward pass in training, by name.
+    last call in training, by name; the encoder adds them up over all traversals.
     """
 
     Options: ClassVar[type]
     trainable: ClassVar[bool] = True
     parameter_group: ClassVar[str] = "attention"
+    positions: ClassVar[tuple[str, ...]] = ("rope", "none")
+    takes_use_hope: ClassVar[bool] = False
 
     def __init__(self, context: MixerContext, options: Any) -> None:
         super().__init__()
@@ -74,26 +80,7 @@ class Mixer(nn.Module):
 MIXERS: Registry[type[Mixer]] = Registry(
     "mixer",
     "frankenstein.mixers",
-    announced=(
-        "mamba",
-        "ode",
-        "titan_attn",
-        "sparse_transformer_attn",
-        "longformer_attn",
-        "bigbird_attn",
-        "sparsek_attn",
-        "nsa_attn",
-        "sparge_attn",
-        "fasa_attn",
-        "gla_attn",
-        "deltanet_attn",
-        "gated_deltanet_attn",
-        "hgrn2_attn",
-        "fox_attn",
-        "griffin",
-        "mla_attn",
-        "kda_attn",
-    ),
+    announced=("mla_attn",),
 )
 
 

@@ -5,13 +5,17 @@
 Shapes: q, k (B, T, H, K); v (B, T, H, V).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
+
+Scores = Callable[[Tensor, Tensor], Tensor] | None
 
 
 def softmax_dense(
@@ -40,8 +44,9 @@ def softmax_attention(
     key_padding_mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    scores: Scores = None,
 ) -> Tensor:
-    """Softmax attention by torch's fused kernel.
+    """Softmax attention by torch's fused kernel; with `scores`, from dot products that are computed first.
 
     Source: Vaswani et al. 2017, eq. 1, https://arxiv.org/abs/1706.03762.
     Args:
@@ -50,14 +55,28 @@ def softmax_attention(
         key_padding_mask: (B, T) bool, True for keys that may be attended; a query without any key gets 0.
         causal: query i sees the keys j <= i only.
         scale: of the dot products; None means K**-0.5.
+        scores: gives (B, H, T, T) in place of q k^T, as `hope.Hope` does.
     Returns:  (B, T, H, V).
     """
+    if scores is not None:
+        logits = scores(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return _attend(logits, v, _allowed_pairs(q.shape[1], key_padding_mask, causal, q.device))
     alone = key_padding_mask is None and causal
     allowed = None if alone else _allowed_pairs(q.shape[1], key_padding_mask, causal, q.device)
     o = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=allowed, is_causal=alone, scale=scale
     )
     return o.transpose(1, 2)
+
+
+def _attend(logits: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    """softmax(logits) v; a query without any key gets 0."""
+    if allowed is None:
+        weights = logits.softmax(-1)
+    else:
+        alone = ~allowed.any(-1, keepdim=True)  # sees all keys for the moment: no NaN in values or gradients
+        weights = logits.masked_fill(~(allowed | alone), float("-inf")).softmax(-1).masked_fill(alone, 0.0)
+    return (weights.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
 
 
 def _allowed_pairs(length: int, key_padding_mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
@@ -71,10 +90,12 @@ def _allowed_pairs(length: int, key_padding_mask: Tensor | None, causal: bool, d
 
 @MIXERS.register("standard_attn")
 class StandardAttention(Mixer):
-    """Multi-head softmax attention, with rotary positions where the encoder has them.
+    """Multi-head softmax attention, with rotary or hyperbolic positions where the encoder has them.
 
     Source: Vaswani et al. 2017, section 3.2.2, https://arxiv.org/abs/1706.03762; seed 002 eq. 33.
     """
+
+    positions: ClassVar[tuple[str, ...]] = ("rope", "hope", "none")
 
     @dataclass(frozen=True)
     class Options:
@@ -82,7 +103,7 @@ class StandardAttention(Mixer):
 
     def __init__(self, context: MixerContext, options: Options) -> None:
         super().__init__(context, options)
-        self.causal, self.num_heads = context.causal, context.num_heads
+        self.causal, self.num_heads, self.scores = context.causal, context.num_heads, context.scores
         self.project = HeadProjections(context, context.num_heads, 3, context.num_kv_heads)
         self.out = nn.Linear(context.hidden_size, context.hidden_size, bias=False)
 
@@ -90,5 +111,5 @@ class StandardAttention(Mixer):
         """(B, T, D) to (B, T, D); mask (B, T), True for real tokens."""
         q, k, v = self.project(x)
         k, v = repeat_heads(k, self.num_heads), repeat_heads(v, self.num_heads)
-        o = softmax_attention(q, k, v, key_padding_mask=mask, causal=self.causal)
+        o = softmax_attention(q, k, v, key_padding_mask=mask, causal=self.causal, scores=self.scores)
         return self.out(o.flatten(2))

@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 
 from frankenstein.mixers.base import Mixer
+from frankenstein.model.feed_forward import FeedForward
+from frankenstein.model.moe import MixtureOfExperts
 
 
 class Block(nn.Module):
@@ -12,7 +14,12 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, mixer_norm: nn.Module, mixer: Mixer, ffn_norm: nn.Module, ffn: nn.Module, dropout: float
+        self,
+        mixer_norm: nn.Module,
+        mixer: Mixer,
+        ffn_norm: nn.Module,
+        ffn: FeedForward | MixtureOfExperts,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.mixer_norm, self.mixer = mixer_norm, mixer
@@ -26,4 +33,11 @@ class Block(nn.Module):
         """
         self.mixer.logical_index = logical_index
         x = x + self.dropout(self.mixer(self.mixer_norm(x), mask))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return x + self.dropout(self.ffn(self.ffn_norm(x), mask))
+
+    def losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses of the last traversal, by name."""
+        losses = dict(self.mixer.losses())
+        if isinstance(self.ffn, MixtureOfExperts) and self.ffn.routing is not None:
+            losses["balance"] = self.ffn.routing.balance
+        return losses

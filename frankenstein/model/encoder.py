@@ -7,17 +7,22 @@ Source: seed 002 eq. 16 and algorithm 1.
 
 import dataclasses
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jsonschema import Draft202012Validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from frankenstein.errors import FrankensteinError, NotBuiltYetError
 from frankenstein.mixers.base import MIXERS, Mixer, MixerContext
+from frankenstein.mixers.hope import Hope
 from frankenstein.model.block import Block
+from frankenstein.model.embeddings import EmbeddingStream
 from frankenstein.model.feed_forward import FeedForward
 from frankenstein.model.head import MlmHead
+from frankenstein.model.moe import MixtureOfExperts, Routing
 from frankenstein.model.norms import NORMS
 from frankenstein.model.options import ModelOptions
 from frankenstein.model.positions import Rotary
@@ -26,6 +31,24 @@ from frankenstein.params import Params
 from frankenstein.registry import nearest
 
 INIT_STD = 0.02
+
+
+@dataclass
+class _LastPass:
+    """What the traversals of the last forward pass left behind; a copied encoder starts without it."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    routings: list[Routing] = field(default_factory=list)
+
+    def add(self, block: Block) -> None:
+        """Called after each traversal: a looped block counts as often as it was run."""
+        for name, value in block.losses().items():
+            self.losses[name] = self.losses[name] + value if name in self.losses else value
+        if isinstance(block.ffn, MixtureOfExperts) and block.ffn.routing is not None:
+            self.routings.append(block.ffn.routing)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_LastPass":
+        return _LastPass()
 
 
 class Encoder(nn.Module):
@@ -46,11 +69,13 @@ class Encoder(nn.Module):
         width = options.hidden_size
         self.options, self.max_length = options, max_length
         self.vocab_size = options.vocab_size if vocab_size is None else vocab_size
-        self.embedding = nn.Embedding(self.vocab_size, width)
+        self.embedding_stream = EmbeddingStream(options)
+        self.embedding = nn.Embedding(self.vocab_size, self.embedding_stream.table_width or width)
         self.dropout = nn.Dropout(options.dropout)
         self.blocks = nn.ModuleList(_blocks(options, max_length))
         self.final_norm = NORMS[options.norm_type](width)
         self.head = MlmHead(self.vocab_size, width, options.tie_embeddings)
+        self._last_pass = _LastPass()
         self._initialize()
 
     def _initialize(self) -> None:
@@ -66,11 +91,9 @@ class Encoder(nn.Module):
                 nn.init.normal_(module.weight, std=residual if name.endswith(".out") else INIT_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for mixer in self._mixers():
-            mixer.initialize()
-
-    def _mixers(self) -> list[Mixer]:
-        return [block.mixer for block in self.blocks]  # type: ignore[misc]
+        self.embedding_stream.initialize()
+        for block in self.blocks:
+            block.mixer.initialize()  # type: ignore[operator,union-attr]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden vectors of every token.
@@ -103,15 +126,20 @@ class Encoder(nn.Module):
         if real is not None:
             # A row without any real token keeps its first column, which the caller drops: no mixer meets an empty row.
             real = None if real.all() else real | (torch.arange(real.shape[1], device=real.device) == 0)
-        x = self.dropout(self.embedding(input_ids))
+        x = self.dropout(self.embedding_stream(self.embedding(input_ids), real))
+        recompute = self.options.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        self._last_pass = _LastPass()
         for loop in range(self.options.num_loops):
             for index, block in enumerate(self.blocks, loop * len(self.blocks)):
-                x = block(x, real, index)
+                x = checkpoint(block, x, real, index, use_reentrant=False) if recompute else block(x, real, index)
+                self._last_pass.add(block)  # type: ignore[arg-type]
         return self.final_norm(x)
 
     def mlm_logits(self, rows: Tensor) -> Tensor:
         """Token logits (n, vocab_size) of chosen hidden rows (n, D)."""
-        return self.head(rows, self.embedding.weight)
+        if not self.options.tie_embeddings:
+            return self.head(rows)
+        return self.head(self.embedding_stream.to_table(rows), self.embedding.weight)
 
     def parameter_count(self) -> dict[str, int]:
         """Number of parameters by part: embedding, mixers, ffn, norms, head, total."""
@@ -121,12 +149,18 @@ class Encoder(nn.Module):
         return {**counts, "total": sum(counts.values())}
 
     def losses(self) -> dict[str, Tensor]:
-        """Auxiliary losses of the last forward pass, by name, summed over the layers that have them."""
-        losses: dict[str, Tensor] = {}
-        for mixer in self._mixers():
-            for name, value in mixer.losses().items():
-                losses[name] = losses[name] + value if name in losses else value
-        return losses
+        """Auxiliary losses of the last forward pass, by name, summed over the traversals of layers that have them."""
+        return dict(self._last_pass.losses)
+
+    def expert_stats(self) -> dict[str, Tensor]:
+        """How the last forward pass used its experts; empty without a mixture of experts.
+
+        Returns:  by traversed layer (L = num_layers x num_loops): importance (L, N), mean probability of each expert;
+            load (L, N), its share of the assignments; dropped (L,), share of assignments beyond capacity.
+        """
+        routings = self._last_pass.routings
+        names = ("importance", "load", "dropped") if routings else ()
+        return {name: torch.stack([getattr(routing, name) for routing in routings]) for name in names}
 
 
 def build_encoder(params: Params) -> Encoder:
@@ -140,13 +174,15 @@ def build_encoder(params: Params) -> Encoder:
 
 
 def _blocks(options: ModelOptions, max_length: int) -> list[Block]:
-    rotary = Rotary(options.rope_base) if options.positions == "rope" else None
     norm, width = NORMS[options.norm_type], options.hidden_size
+    rotary, hope = Rotary(options.rope_base), Hope(options.hope_base, options.hope_damping)
     blocks: list[Block] = []
-    pattern = [options.layer_pattern[i % len(options.layer_pattern)] for i in range(options.num_layers)]
+    pattern = _pattern(options)
     built: dict[type[Mixer], list[Mixer]] = {MIXERS[name]: [] for name in pattern}
     for index, name in enumerate(pattern):
-        same = built[MIXERS[name]]
+        cls = MIXERS[name]
+        same = built[cls]
+        hyperbolic = options.positions == "hope" or (options.use_hope and cls.takes_use_hope)
         context = MixerContext(
             hidden_size=width,
             num_heads=options.num_heads,
@@ -155,19 +191,30 @@ def _blocks(options: ModelOptions, max_length: int) -> list[Block]:
             causal=options.causal,
             max_length=max_length,
             layer_index=index,
-            rotary=rotary,
+            rotary=rotary if options.positions == "rope" and not hyperbolic else None,
             num_kv_heads=options.num_kv_heads,
             earlier=tuple(same),
-            num_same=sum(MIXERS[other] is MIXERS[name] for other in pattern),
+            num_same=sum(MIXERS[other] is cls for other in pattern),
             norm=norm,
             ode_solver=options.ode_solver,
             ode_steps=options.ode_steps,
+            scores=hope if hyperbolic else None,
         )
-        mixer = MIXERS[name](context, _mixer_options(name, options.mixers.get(name, {})))
+        mixer = cls(context, _mixer_options(name, options.mixers.get(name, {})))
         same.append(mixer)
-        ffn = FeedForward(width, options.ffn_hidden_size, options.ffn_activation)
-        blocks.append(Block(norm(width), mixer, norm(width), ffn, options.dropout))
+        blocks.append(Block(norm(width), mixer, norm(width), _feed_forward(options), options.dropout))
     return blocks
+
+
+def _pattern(options: ModelOptions) -> list[str]:
+    """The mixer of every physical layer."""
+    return [options.layer_pattern[i % len(options.layer_pattern)] for i in range(options.num_layers)]
+
+
+def _feed_forward(options: ModelOptions) -> FeedForward | MixtureOfExperts:
+    if options.use_moe:
+        return MixtureOfExperts(options)
+    return FeedForward(options.hidden_size, options.ffn_hidden_size, options.ffn_activation)
 
 
 def _mixer_options(name: str, values: dict[str, Any]) -> Any:
@@ -183,12 +230,28 @@ def _mixer_options(name: str, values: dict[str, Any]) -> Any:
 def _check(options: ModelOptions) -> None:
     for key, message in options.faults():
         raise FrankensteinError(f"model.{key}: {message}")
-    for field in dataclasses.fields(options):
-        refused, value = field.metadata["not_built"], plain(getattr(options, field.name))
+    for entry in dataclasses.fields(options):
+        refused, value = entry.metadata["not_built"], plain(getattr(options, entry.name))
         if refused is not None and Draft202012Validator(refused).is_valid(value):
-            raise NotBuiltYetError(f"model.{field.name}: {value!r} is not built yet in this version")
+            raise NotBuiltYetError(f"model.{entry.name}: {value!r} is not built yet in this version")
     for name in options.mixers:
         MIXERS[name]  # unknown names raise here, also those that the pattern does not use
+    _check_positions(options)
+
+
+def _check_positions(options: ModelOptions) -> None:
+    """HoPE replaces the dot products of queries and keys, which only some mixers have."""
+    pattern = _pattern(options)
+    refusing = sorted({name for name in pattern if options.positions not in MIXERS[name].positions})
+    if refusing:
+        known = ", ".join(name for name in MIXERS if options.positions in MIXERS[name].positions)
+        raise FrankensteinError(
+            f"model.positions: {options.positions} does not work in {', '.join(refusing)} of the layer_pattern; "
+            f"it works in {known}"
+        )
+    if options.use_hope and not any(MIXERS[name].takes_use_hope for name in pattern):
+        known = ", ".join(name for name in MIXERS if MIXERS[name].takes_use_hope) or "titan_attn"
+        raise FrankensteinError(f"model.use_hope: needs {known} in the layer_pattern; found {', '.join(pattern)}")
 
 
 def _part(name: str) -> str:
@@ -196,4 +259,4 @@ def _part(name: str) -> str:
     first, *rest = name.split(".")
     if first == "blocks":
         return {"mixer": "mixers", "ffn": "ffn"}.get(rest[1], "norms")
-    return "norms" if first == "final_norm" else first
+    return {"final_norm": "norms", "embedding_stream": "embedding"}.get(first, first)

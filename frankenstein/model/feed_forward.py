@@ -24,6 +24,6 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(width, inner, bias=False)
         self.out = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(..., D) to (..., D), every token by itself, so that the mask changes nothing."""
         return self.out(self.activation(self.up(x)))

@@ -17,6 +17,6 @@ class MlmHead(nn.Module):
         self.output = None if tied else nn.Linear(width, vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
-    def forward(self, rows: Tensor, table: Tensor) -> Tensor:
-        """Logits (n, V) of rows (n, D); table (V, D) is the embedding, used when tied."""
-        return F.linear(rows, table if self.output is None else self.output.weight, self.bias)
+    def forward(self, rows: Tensor, table: Tensor | None = None) -> Tensor:
+        """Logits (n, V) of rows (n, W); table (V, W) is the embedding where tied, and not needed where not."""
+        return F.linear(rows, table if self.output is None else self.output.weight, self.bias)  # type: ignore[arg-type]

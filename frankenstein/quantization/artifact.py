@@ -1,4 +1,4 @@
-"""The packed encoder artifact: 2-bit weights, int8 embeddings, and a probe that shows whether a machine agrees.
+"""The packed encoder artifact: 2-bit weights, few-bit embeddings, and a probe that shows whether a machine agrees.
 
 `config.json` is that of an encoder plus "packed": every ternary layer by name, so nothing is ever guessed from values.
 `model.safetensors` holds the packed layers' tensors (see `PackedTernaryLinear`), everything else in float32, and the
@@ -21,12 +21,12 @@ from frankenstein.model.encoder import Encoder
 from frankenstein.model.storage import TOKENIZER, WEIGHTS, empty_encoder, encoder_config, load_encoder, read_config
 from frankenstein.quantization.bitlinear import BitLinear
 from frankenstein.quantization.convert import bitnet_config, convert_to_bitlinear, ternary_layers
-from frankenstein.quantization.embedding import Int8Embedding
+from frankenstein.quantization.embedding import Int8Embedding, PackedTernaryEmbedding, TernaryEmbedding
 from frankenstein.quantization.runtime import Backend, PackedTernaryLinear, choose_backend
 
 KIND = "packed_encoder"
 CODEC = "2bit_planar"
-EMBEDDINGS = ("int8", "float32")
+EMBEDDINGS = ("int8", "float32", "ternary")
 # Backends are bit-equal, but the float layers between them differ in the last bit from CPU to CPU, and roundings
 # that flip move the probe's output by some thousandths; damaged weights move it by its own size.
 PROBE_TOLERANCE = 0.05
@@ -36,10 +36,10 @@ _PROBE_IDS, _PROBE_OUTPUT = "probe.input_ids", "probe.output"
 def to_packed(encoder: Encoder, *, embeddings: str = "int8", backend: str = "reference") -> Encoder:
     """A packed copy of a ternary encoder, on the CPU, for inference; `encoder` stays as it is.
 
-    Raises: FrankensteinError: when the encoder has no BitLinear layers, or they are not at full strength.
+    Raises: FrankensteinError: when the encoder has no BitLinear layers, they are not at full strength, or embeddings
+        "ternary" are asked for and the table was not trained so.
     """
-    if embeddings not in EMBEDDINGS:
-        raise FrankensteinError(f"embeddings {embeddings!r}; allowed: {', '.join(EMBEDDINGS)}")
+    storage = _storage(encoder, embeddings)
     layers = ternary_layers(encoder)
     if not layers:
         raise FrankensteinError("the encoder has no BitLinear layers; convert_to_bitlinear and train it before packing")
@@ -50,9 +50,25 @@ def to_packed(encoder: Encoder, *, embeddings: str = "int8", backend: str = "ref
     chosen = choose_backend(backend)
     packed = copy.deepcopy(encoder).cpu()
     _swap(packed, lambda layer: PackedTernaryLinear.from_bitlinear(layer, chosen))
-    if embeddings == "int8":
+    if storage == "int8":
         packed.embedding = Int8Embedding.from_embedding(packed.embedding)  # type: ignore[assignment]
+    elif storage == "ternary":
+        packed.embedding = PackedTernaryEmbedding.from_ternary(packed.embedding)  # type: ignore[assignment,arg-type]
     return packed.requires_grad_(False).eval()
+
+
+def _storage(encoder: Encoder, embeddings: str) -> str:
+    """How the table is stored; a ternary one is always stored as ternary, which loses nothing."""
+    if embeddings not in EMBEDDINGS:
+        raise FrankensteinError(f"embeddings {embeddings!r}; allowed: {', '.join(EMBEDDINGS)}")
+    if isinstance(encoder.embedding, TernaryEmbedding):
+        return "ternary"
+    if embeddings == "ternary":
+        raise FrankensteinError(
+            "embeddings 'ternary': the table was trained in full precision; "
+            "set model.use_bitnet_embedding, or let the ternary finish train it (quantize.embeddings)"
+        )
+    return embeddings
 
 
 def _swap(encoder: Encoder, make: Callable[[BitLinear], PackedTernaryLinear]) -> None:
@@ -77,8 +93,9 @@ def pack(
         tokenizer: bytes of the SentencePiece model.
         sentence: pooling, normalize and max_length of a sentence encoder.
         max_length: tokens in a pretraining row; None takes the encoder's.
-        embeddings: "int8" (a scale a row) or "float32". The packed model equals the trained one bit for bit when its
-            table lies on the int8 grid (`round_embeddings`) or is stored in float32.
+        embeddings: "int8" (a scale a row), "float32" or "ternary". The packed model equals the trained one bit for bit
+            when its table lies on the int8 grid (`round_embeddings`), is stored in float32, or was trained ternary;
+            then it is stored so whatever is asked for.
     Raises: FrankensteinError: as `to_packed`, or when the encoder's output is not finite.
     """
     packed = to_packed(encoder, embeddings=embeddings)
@@ -90,7 +107,7 @@ def pack(
     config = encoder_config(encoder, max_length=length, sentence=sentence, bitnet=bitnet_config(encoder))
     config["packed"] = {
         "codec": CODEC,
-        "embeddings": embeddings,
+        "embeddings": _storage(encoder, embeddings),
         "layers": _layer_list(packed),
         "probe_tolerance": PROBE_TOLERANCE,
     }
@@ -143,8 +160,9 @@ def _empty_packed(folder: str | Path, config: dict[str, Any], backend: Backend) 
     encoder = empty_encoder(folder, config)
     _convert(encoder, config)
     _swap(encoder, lambda layer: PackedTernaryLinear.like(layer, backend))
-    if settings["embeddings"] == "int8":
-        encoder.embedding = Int8Embedding(*encoder.embedding.weight.shape)  # type: ignore[assignment]
+    stored = {"int8": Int8Embedding, "ternary": PackedTernaryEmbedding}.get(settings["embeddings"])
+    if stored is not None:
+        encoder.embedding = stored(*encoder.embedding.weight.shape)  # type: ignore[assignment]
     if _layer_list(encoder) != settings["layers"]:
         raise ArtifactError(f"{folder}/config.json: its list of ternary layers does not fit its model options")
     return encoder.requires_grad_(False).eval()
@@ -177,7 +195,7 @@ def _fill(packed: Encoder, tensors: dict[str, Tensor], file: Path) -> None:
     except RuntimeError as error:
         raise ArtifactError(f"{file}: does not fit config.json: {' '.join(str(error).split())}") from None
     for name, layer in packed.named_modules():
-        if isinstance(layer, PackedTernaryLinear):
+        if isinstance(layer, (PackedTernaryLinear, PackedTernaryEmbedding)):
             try:
                 layer.unpack()
             except FrankensteinError as error:

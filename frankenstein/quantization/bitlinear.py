@@ -145,7 +145,13 @@ def ternary_pack(codes: Tensor) -> Tensor:
     return first | second << 2 | third << 4 | fourth << 6
 
 
-class BitLinear(nn.Module):
+class Latent(nn.Module):
+    """Base of layers whose latent float weights act as ternary ones, to a strength between 0 and 1."""
+
+    lambda_w = lambda_a = 1.0
+
+
+class BitLinear(Latent):
     """Linear layer whose latent float weights act as ternary ones: (..., in) -> (..., out).
 
     The strengths phase quantization in: w + lambda_w (q(w) - w), likewise lambda_a for the activations; 0 is the float
@@ -163,7 +169,6 @@ class BitLinear(nn.Module):
         linear = nn.Linear(in_features, out_features, bias)
         self.weight, self.bias = linear.weight, linear.bias
         self.norm = RMSNorm(in_features, NORM_EPS) if norm else None
-        self.lambda_w, self.lambda_a = 1.0, 1.0
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, scale: str = "channel", norm: bool = True) -> "BitLinear":
@@ -198,9 +203,9 @@ class BitLinear(nn.Module):
 
 
 def set_strength(module: nn.Module, weights: float, activations: float) -> None:
-    """Set how far quantization is phased in, in every BitLinear of `module`: 0 not at all, 1 fully."""
+    """Set how far quantization is phased in, in every ternary layer of `module`: 0 not at all, 1 fully."""
     if not (0.0 <= weights <= 1.0 and 0.0 <= activations <= 1.0):
         raise FrankensteinError(f"quantization strengths {weights}, {activations}; both must lie in 0..1")
     for layer in module.modules():
-        if isinstance(layer, BitLinear):
+        if isinstance(layer, Latent):
             layer.lambda_w, layer.lambda_a = weights, activations

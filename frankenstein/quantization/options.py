@@ -17,9 +17,13 @@ class QuantizeOptions:
     scale: str = option(
         "channel", "One scale a tensor (BitNet b1.58) or one an output channel.", enum=["tensor", "channel"]
     )
-    embeddings: str = option("int8", "Storage of the embedding table in the packed artifact.", enum=["int8", "float32"])
+    embeddings: str = option(
+        "int8",
+        "Storage of the embedding table; ternary trains it so in the finish. One pretrained ternary stays ternary.",
+        enum=["int8", "float32", "ternary"],
+    )
     steps: int = option(
-        120, "Quantization-aware finishing steps of a full-precision encoder; 0 packs it as it is.", minimum=0
+        80, "Quantization-aware finishing steps of a full-precision encoder; 0 packs it as it is.", minimum=0
     )
     warmup_fraction: float = option(
         0.2,

@@ -108,7 +108,7 @@ def _build(options: ModelOptions, vocab_size: int, max_length: int, seed: int) -
     torch.manual_seed(seed)
     encoder = Encoder(options, vocab_size=vocab_size, max_length=max_length)
     if options.use_bitnet:
-        convert_to_bitlinear(encoder)
+        convert_to_bitlinear(encoder, embeddings=options.use_bitnet_embedding)
     return encoder.to(best_device())
 
 

@@ -138,7 +138,7 @@ def quantize_encoder(  # noqa: PLR0913  the stage's options and paths, each by i
         write_json(metrics, summary)
         write_curve(curve, [])
         return summary
-    latent, valid, trainer, history = _load(encoder, options.scale), {}, None, []
+    latent, valid, trainer, history = _load(encoder, options), {}, None, []
     if read_config(encoder)["bitnet"] is None:
         parent = load_encoder(encoder).to(best_device())
         valid = {"full": _validate(objective, parent), "ptq": _validate(objective, latent)}
@@ -163,11 +163,14 @@ def _labels(encoder: Path, tokens: Path, options: TrainingOptions, seed: int) ->
     return mlm_objective(Tokenizer.load(encoder), train, valid, options, seed)
 
 
-def _load(encoder: Path, scale: str) -> Encoder:
+def _load(encoder: Path, options: QuantizeOptions) -> Encoder:
     """The encoder with BitLinear layers: a ternary one as it was trained, a full-precision one just converted."""
     if read_config(encoder)["bitnet"] is not None:
         return load_latent(encoder)
-    return convert_to_bitlinear(load_encoder(encoder), scale=scale, norm=False).to(best_device())
+    ternary = convert_to_bitlinear(
+        load_encoder(encoder), scale=options.scale, norm=False, embeddings=options.embeddings == "ternary"
+    )
+    return ternary.to(best_device())
 
 
 @torch.no_grad()

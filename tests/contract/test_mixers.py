@@ -28,9 +28,12 @@ def tokens(rows: int = 2, length: int = LENGTH, dtype: torch.dtype = torch.float
 
 
 def influence(mixer: Mixer, x: torch.Tensor) -> torch.Tensor:
-    """(B, T, B, T): how strongly each output token depends on each input token."""
-    jacobian = torch.autograd.functional.jacobian(lambda t: mixer(t, None), x)
-    return jacobian.abs().amax(dim=(2, 5))
+    """(B, T, B, T): how strongly each output token, seen through random weights, depends on each input token."""
+    x = x.clone().requires_grad_()
+    y = mixer(x, None)
+    probe = torch.randn(y.shape[-1], generator=torch.Generator().manual_seed(7), dtype=y.dtype)
+    rows = [torch.autograd.grad(value, x, retain_graph=True)[0].abs().amax(-1) for value in (y @ probe).flatten()]
+    return torch.stack(rows).view(*y.shape[:2], *x.shape[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -116,7 +119,8 @@ def test_bfloat16_autocast_stays_close(name: str) -> None:
     mask = torch.arange(LENGTH)[None] < torch.tensor([[LENGTH], [6]])
     with torch.autocast("cpu", torch.bfloat16):
         low = mixer(x, mask)
-    torch.testing.assert_close(low[mask].float(), mixer(x, mask)[mask], rtol=0.05, atol=0.02)
+    full = mixer(x, mask)[mask]
+    torch.testing.assert_close(low[mask].float(), full, rtol=0.05, atol=0.03 * full.detach().abs().max().item())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,5 +162,5 @@ def test_a_mixer_says_what_it_is(name: str) -> None:
 def test_unknown_and_announced_names_are_told_apart() -> None:
     with pytest.raises(FrankensteinError, match=r"unknown mixer 'retnett'; known: .*did you mean 'retnet'"):
         MIXERS["retnett"]
-    with pytest.raises(NotBuiltYetError, match="mixer 'mamba' is not built yet; built: "):
-        MIXERS["mamba"]
+    with pytest.raises(NotBuiltYetError, match="mixer 'mla_attn' is not built yet; built: "):
+        MIXERS["mla_attn"]

@@ -14,6 +14,7 @@ from frankenstein.errors import FrankensteinError
 from frankenstein.model.options import ModelOptions
 from frankenstein.model.storage import load_encoder
 from frankenstein.quantization.artifact import load_latent, load_packed
+from frankenstein.quantization.embedding import PackedTernaryEmbedding
 from frankenstein.quantization.options import QuantizeOptions
 from frankenstein.text.options import TokenizerOptions
 from frankenstein.text.shards import SPLITS, RowWriter
@@ -175,6 +176,39 @@ def test_a_ternary_encoder_is_packed_without_training(inputs, tmp_path):
     before, after = load_latent(inputs / "bitnet"), load_latent(tmp_path / "quantized" / "latent")
     for name, value in before.blocks.state_dict().items():
         assert torch.equal(after.blocks.state_dict()[name], value)
+
+
+def test_the_finish_trains_the_embedding_table_ternary_where_that_is_asked_for(inputs, tmp_path):
+    found = quantize(inputs, tmp_path, QuantizeOptions(steps=40, lr=5e-3, embeddings="ternary"))
+    assert found["packed_max_difference"] == 0.0 and found["valid"]["packed"] == found["valid"]["qat"]
+    assert found["valid"]["qat"]["loss"] < found["valid"]["ptq"]["loss"]
+    packed = load_packed(tmp_path / "quantized" / "packed")
+    assert isinstance(packed.embedding, PackedTernaryEmbedding)
+    before, after = load_encoder(inputs / "encoder"), load_latent(tmp_path / "quantized" / "latent")
+    assert not torch.equal(after.embedding.latent, before.embedding.weight)
+    with pytest.raises(FrankensteinError, match="the table was trained in full precision"):
+        quantize(inputs, tmp_path, QuantizeOptions(embeddings="ternary"), encoder="bitnet")
+
+
+def test_a_table_that_was_pretrained_ternary_stays_so(inputs, tmp_path):
+    options = ModelOptions(**{**vars(MODEL), "use_bitnet": True, "use_bitnet_embedding": True})
+    (tmp_path / "inputs").mkdir()
+    pretrain(
+        seed=0,
+        threads=1,
+        model_options=options,
+        training_options=training(tmp_path, scheduler_total_steps=5),
+        tokens=inputs / "tokens",
+        tokenizer=inputs / "tokenizer",
+        out=tmp_path / "inputs" / "bitnet",
+        resume=tmp_path / "resume",
+        metrics=tmp_path / "pretrain.json",
+        curve=tmp_path / "pretrain.csv",
+    )
+    (tmp_path / "inputs" / "tokens").symlink_to(inputs / "tokens")
+    found = quantize(tmp_path / "inputs", tmp_path, FINISH, encoder="bitnet")
+    assert found["packed_max_difference"] == 0.0
+    assert isinstance(load_packed(tmp_path / "quantized" / "packed").embedding, PackedTernaryEmbedding)
 
 
 def test_without_ternary_weights_only_the_full_encoder_is_written(inputs, tmp_path):

@@ -1,0 +1,1 @@
+"""Benchmarks: scripts with stored results under results/. Nothing here is imported by the library or timed by tests."""

@@ -1,0 +1,79 @@
+"""What a stored figure was measured on, and how a process measures itself."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores, threads and versions; no host names, no paths."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "avx512": "avx512f" in flags,
+        "amx": "amx_tile" in flags,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's queue included."""
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def paired(first: Callable[[], object], second: Callable[[], object], device: torch.device, runs: int) -> list[float]:
+    """Median seconds of two calls that take turns, after one warm-up of each."""
+    times: list[list[float]] = [[], []]
+    for turn in range(runs + 1):
+        for record, work in zip(times, (first, second), strict=True):
+            taken = seconds(work, device)
+            if turn:
+                record.append(taken)
+    return [median(record) for record in times]
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """Growth of the process's (or device's) peak memory during a call; None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    reset = Path("/proc/self/clear_refs")
+    try:
+        reset.write_text("5", encoding="ascii")  # Linux: the peak starts anew
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,176 @@
+"""Linear memory learned at test time: Behrouz et al. 2025, "Titans", https://arxiv.org/abs/2501.00663.
+
+    grad_t = 2 k_t (k_t^T M_c - v_t^T)        of the loss |M_c^T k_t - v_t|^2, at M_c, the memory before t's chunk
+    S_t = eta_t S_{t-1} - theta_t grad_t      momentum (their eq. 14)
+    M_t = (1 - alpha_t) M_{t-1} + S_t         forgetting (eq. 13)
+    o_t = M_t^T q_t                           read after write (eq. 15)
+
+The fast form is dense inside blocks of tokens and is derived in titans_blocks.py.
+Shapes: q, k (B, T, H, K); v (B, T, H, V); theta, alpha, eta (B, T, H) in (0, 1); states M, S (B, H, K, V).
+"""
+
+import torch
+from torch import Tensor
+
+from frankenstein.errors import FrankensteinError
+from frankenstein.mixers.delta_chunks import full_precision
+from frankenstein.mixers.titans_blocks import block_factors, scan_blocks, to_blocks
+
+
+def titans_memory_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    *,
+    chunk_size: int = 1,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence, one token at a time. Arguments as `titans_memory`."""
+    memory = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1]) if initial_state is None else initial_state
+    momentum = torch.zeros_like(memory)
+    theta, alpha, eta = (gate[..., None, None] for gate in (theta, alpha, eta))
+    outputs = []
+    for t in range(q.shape[1]):
+        if t % chunk_size == 0:
+            start = memory
+        error = torch.einsum("bhk,bhkv->bhv", k[:, t], start) - v[:, t]
+        momentum = eta[:, t] * momentum - theta[:, t] * 2 * k[:, t, :, :, None] * error[:, :, None, :]
+        memory = (1 - alpha[:, t]) * memory + momentum
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], memory))
+    return torch.stack(outputs, 1), memory, momentum
+
+
+def titans_memory(  # noqa: PLR0913  the operator's six tensors, and its contract
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    *,
+    chunk_size: int = 1,
+    initial_state: Tensor | None = None,
+    block_size: int = 32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Titans' linear memory over a sequence, dense inside blocks and recurrent between them: linear in T.
+
+    Source: Behrouz et al. 2025, eq. 13-15 and section 3.2, https://arxiv.org/abs/2501.00663; the triangular system is
+    the one of Yang et al. 2024 for the delta rule, https://arxiv.org/abs/2406.06484, with momentum.
+    Args:
+        q, k: (B, T, H, K); no scale is applied.
+        v: (B, T, H, V).
+        theta, alpha, eta: (B, T, H) in (0, 1): learning rate, forgetting, momentum.
+        chunk_size: tokens whose gradients are taken at the memory before the first of them; 1 is the sequential rule.
+        initial_state: (B, H, K, V), the memory before the first token; None means zeros. Momentum starts at 0.
+        block_size: C, tokens computed densely at once; does not change the result. Longer chunks are one block.
+    Returns:  output (B, T, H, V), final memory (B, H, K, V), final momentum (B, H, K, V).
+    Raises:
+        FrankensteinError: if chunk_size or block_size is below 1.
+    """
+    for name, size in (("chunk_size", chunk_size), ("block_size", block_size)):
+        if size < 1:
+            raise FrankensteinError(f"titans_memory: found {name}={size}; expected at least 1")
+    batch, length, heads = theta.shape
+    chunk_size = min(chunk_size, length)
+    size = chunk_size * max(1, min(block_size, length) // chunk_size)
+    with full_precision(q):  # the error feeds back: what rounding loses would pile up
+        queries, keys, values = (to_blocks(x, size) for x in (q, k, v))
+        weights, keep, eta = (to_blocks(x[..., None], size) for x in (2 * theta, 1 - alpha, eta))
+        last = (length - 1) % size
+        factors = block_factors(keep, eta, chunk_size, last)
+        if initial_state is None:
+            initial_state = q.new_zeros(batch, heads, q.shape[-1], v.shape[-1])
+        o, memory, momentum = scan_blocks(
+            queries, keys, values, weights, initial_state.flatten(0, 1), factors, chunk_size
+        )
+    o = o.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+    return o, memory.unflatten(0, (batch, heads)), momentum.unflatten(0, (batch, heads))
+
+
+def bidirectional_titans_memory_recurrent(  # noqa: PLR0913  as the fast form
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    *,
+    theta_rev: Tensor | None = None,
+    alpha_rev: Tensor | None = None,
+    eta_rev: Tensor | None = None,
+    mask: Tensor | None = None,
+    chunk_size: int = 1,
+) -> Tensor:
+    """y = f(x) + flip(f(flip x)) - f1(x), row by row, from the recurrence. Arguments as the fast form."""
+    reverse = [
+        theta if theta_rev is None else theta_rev,
+        alpha if alpha_rev is None else alpha_rev,
+        eta if eta_rev is None else eta_rev,
+    ]
+    rows = []
+    for row in range(q.shape[0]):
+        n = q.shape[1] if mask is None else int(mask[row].sum())
+        forward = [x[row : row + 1, :n] for x in (q, k, v, theta, alpha, eta)]
+        backward = [x[row : row + 1, :n].flip(1) for x in (q, k, v, *reverse)]
+        o = titans_memory_recurrent(*forward, chunk_size=chunk_size)[0]
+        o = o + titans_memory_recurrent(*backward, chunk_size=chunk_size)[0].flip(1)
+        alone = 2 * theta[row, :n, :, None] * (q[row, :n] * k[row, :n]).sum(-1, keepdim=True) * v[row, :n]
+        rows.append(torch.cat([o[0] - alone, v.new_zeros(v.shape[1] - n, *v.shape[2:])]))
+    return torch.stack(rows)
+
+
+def bidirectional_titans_memory(  # noqa: PLR0913  the operator's tensors for both directions, and its contract
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    *,
+    theta_rev: Tensor | None = None,
+    alpha_rev: Tensor | None = None,
+    eta_rev: Tensor | None = None,
+    mask: Tensor | None = None,
+    chunk_size: int = 1,
+    block_size: int = 32,
+) -> Tensor:
+    """Titans' memory in both directions: y = f(x) + flip(f(flip x)) - f1(x), with f1 = 2 theta (q . k) v.
+
+    The rule is a definition, not a published operator: the write depends on the memory, so that f1 is what a token
+    alone would give and not exactly what both directions count.
+    Args:
+        theta_rev, alpha_rev, eta_rev: (B, T, H), in the order of time, for the reverse direction; None: those above.
+        mask: (B, T) bool, True for real tokens, which come first; padded rows give and get nothing, their output is 0.
+        The others as `titans_memory`.
+    Returns:  (B, T, H, V).
+    """
+    alone = 2 * theta[..., None] * (q * k).sum(-1, keepdim=True)
+    padded = None if mask is None else ~mask[:, :, None, None]
+    if padded is not None:
+        k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)
+        alone = alone.masked_fill(padded, 0.0)
+    order = _reversed_order(mask)
+    pairs = ((q, None), (k, None), (v, None), (theta, theta_rev), (alpha, alpha_rev), (eta, eta_rev))
+    both = [torch.cat([x, _reverse(x if other is None else other, order)]) for x, other in pairs]
+    o, _, _ = titans_memory(*both, chunk_size=chunk_size, block_size=block_size)
+    forward, backward = o.chunk(2)
+    o = torch.addcmul(forward + _reverse(backward, order), alone, v, value=-1)
+    return o if padded is None else o.masked_fill(padded, 0.0)
+
+
+def _reversed_order(mask: Tensor | None) -> Tensor | None:
+    """(B, T): for every row its real tokens from last to first, then the padding; None where nothing is padded."""
+    if mask is None:
+        return None
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, mask.sum(1, keepdim=True) - 1 - steps, steps)
+
+
+def _reverse(x: Tensor, order: Tensor | None) -> Tensor:
+    """(B, T, ...) with the real tokens of every row reversed: the chunks of a direction start at its first token."""
+    if order is None:
+        return x.flip(1)
+    return x.gather(1, order.reshape(*order.shape, *(1 for _ in x.shape[2:])).expand_as(x))
