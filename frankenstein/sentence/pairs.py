@@ -62,9 +62,9 @@ class PairSet:
 class PairOrder:
     """Which pairs make up a step: every pair once an epoch, pairs of one task and of like length together.
 
-    A pure function of (seed, step): the shuffled pairs of each task are cut into stretches of some batches, a stretch is
-    sorted by length and cut into batches, and the batches of all tasks are shuffled. The last batch of a task may be
-    smaller.
+    A pure function of (seed, step): the shuffled pairs of a task are cut into stretches of some batches, each stretch
+    is sorted by length and cut into batches, and the batches of all tasks are shuffled. The last batch of a task may
+    be smaller.
     Source: the proportional sampler over several datasets of sentence-transformers,
     https://sbert.net/docs/package_reference/sentence_transformer/sampler.html
     Args:

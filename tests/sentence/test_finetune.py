@@ -28,7 +28,14 @@ from frankenstein.training.loop import Trainer
 from tests.sentence.world import World, toy_pairs
 
 OPTIONS = SbertOptions(
-    tasks=("stsb",), epochs=4, batch_size=16, max_length=32, lr=2e-3, dev_pairs=40, checkpoint_every_n_steps=7
+    pooling="mean",
+    tasks=("stsb",),
+    epochs=4,
+    batch_size=16,
+    max_length=32,
+    lr=2e-3,
+    dev_pairs=40,
+    checkpoint_every_n_steps=7,
 )
 
 
