@@ -203,7 +203,15 @@ def _not_built(validator: Any, subschema: Any, instance: Any, _schema: Any) -> I
         yield ValidationError(f"{_show(instance)} is not built yet in this version")
 
 
-_Validator = validators.extend(Draft202012Validator, {"x-not-built-yet": _not_built})
+def _refuse(validator: Any, rules: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
+    """Rules across fields or names, each with its own words."""
+    for rule in rules:
+        if validator.evolve(schema=rule["when"]).is_valid(instance):
+            shown = "" if isinstance(instance, dict) else f"{_show(instance)} "
+            yield ValidationError(shown + rule["message"])
+
+
+_Validator = validators.extend(Draft202012Validator, {"x-not-built-yet": _not_built, "x-refuse": _refuse})
 
 
 def _schema_faults(values: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -30,6 +30,7 @@ def compose() -> dict[str, Any]:
     sections["model"]["layer_pattern"]["items"] = _names(MIXERS)
     sections["model"]["norm_type"].update(_names(NORMS))
     sections["model"]["mixers"] = _mixers(sections["model"]["mixers"])
+    _mixer_rules(schema["properties"]["model"])
     for section in ("evaluate", "sbert"):
         sections[section]["tasks"]["items"] = _names(TASKS)
     _optimizer(sections["training"]["optimizer"])
@@ -54,6 +55,29 @@ def _mixers(entry: dict[str, Any]) -> dict[str, Any]:
         for name in MIXERS
     }
     return {**entry, "additionalProperties": False, "properties": options}
+
+
+def _mixer_rules(model: dict[str, Any]) -> None:
+    """What the mixers refuse: training, for those that only run in evaluation, and positions that they cannot use."""
+    idle = [name for name in MIXERS if not MIXERS[name].trainable]
+    text = "only runs in evaluation; train with standard_attn, then put it in with frankenstein.model.swap.swap_mixer"
+    model["properties"]["layer_pattern"]["items"]["x-refuse"] = [{"when": {"enum": idle}, "message": text}]
+    default = model["properties"]["layer_pattern"]["default"]
+    rules = []
+    for value in model["properties"]["positions"]["enum"]:
+        refusing = [name for name in MIXERS if value not in MIXERS[name].positions]
+        found = [{"required": ["layer_pattern"], "properties": {"layer_pattern": {"contains": {"enum": refusing}}}}]
+        if set(default) & set(refusing):
+            found.append({"not": {"required": ["layer_pattern"]}})
+        when = {"required": ["positions"], "properties": {"positions": {"const": value}}, "anyOf": found}
+        taking = ", ".join(name for name in MIXERS if name not in refusing)
+        text = f"positions: {value} does not work in every mixer of the layer_pattern; it works in {taking}"
+        rules += [{"when": when, "message": text}] if refusing else []
+    turning = [name for name in MIXERS if MIXERS[name].takes_use_hope]
+    present = {"required": ["layer_pattern"], "properties": {"layer_pattern": {"contains": {"enum": turning}}}}
+    when = {"required": ["use_hope"], "properties": {"use_hope": {"const": True}}, "not": present}
+    text = f"use_hope: true needs {' or '.join(turning)} in the layer_pattern"
+    model["x-refuse"] = [*rules, {"when": when, "message": text}]
 
 
 def _optimizer(entry: dict[str, Any]) -> None:

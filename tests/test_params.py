@@ -79,6 +79,19 @@ WRONG = {
         "model:\n  layer_pattern: [mla_attn]\n",
         'model.layer_pattern[0]: "mla_attn" is not built yet',
     ),
+    "mixer that cannot be trained": (
+        "model:\n  layer_pattern: [standard_attn, sparge_attn]\n",
+        'model.layer_pattern[1]: "sparge_attn" only runs in evaluation; train with standard_attn',
+    ),
+    "positions that a mixer cannot use": (
+        "model:\n  positions: hope\n  layer_pattern: [standard_attn, retnet]\n",
+        "params.yaml:1:1: model: positions: hope does not work in every mixer of the layer_pattern; it works in ",
+    ),
+    "positions that the default pattern cannot use": ("model:\n  positions: hope\n", "positions: hope does not work"),
+    "HoPE where no mixer takes it": (
+        "model:\n  use_hope: true\n",
+        "use_hope: true needs titan_attn in the layer_pattern",
+    ),
     "feature of later work": (
         "training:\n  use_galore: true\n",
         "params.yaml:2:3: training.use_galore: true is not built yet",
