@@ -4,13 +4,13 @@
     python -m benchmarks.mixers --mixers gla_attn mamba --lengths 512 2048 --runs 5
 
 Every pass has as many tokens as the longest length, so a layer that is linear in T keeps its tokens per second.
-`exponent` is the slope of log(seconds a row) over log T, least squares over all lengths. Mixers that only run in
-evaluation mode are timed forward only, and so is softmax attention beside them. ode counts one function evaluation as a
-whole layer (`per_evaluation`).
+`exponent` is the slope of log(seconds a row) over log T, least squares over all lengths. `saved_mb` is what a forward
+pass keeps for the backward pass, weights included; it stays the same where memory is linear in T. Mixers that only run
+in evaluation mode are timed forward only, and so is softmax attention beside them. ode counts one function evaluation
+as a whole layer (`per_evaluation`).
 """
 
 import argparse
-import gc
 import json
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe, paired, peak_bytes
+from benchmarks.machine import describe, paired, saved_bytes
 from frankenstein.mixers.base import MIXERS, Mixer, MixerContext
 from frankenstein.model.positions import Rotary
 
@@ -64,8 +64,6 @@ def measure(name: str, length: int, tokens: int, args: argparse.Namespace, devic
     mixer, reference = (build(n, args.width, args.heads, device) for n in (name, "standard_attn"))
     mine, theirs = work(mixer, x, mixer.trainable), work(reference.train(mixer.trainable), x, mixer.trainable)
     taken, beside = paired(mine, theirs, device, args.runs)
-    gc.collect()
-    peak = peak_bytes(mine, device)
     count = x.shape[0] * length
     return {
         "mixer": name,
@@ -73,7 +71,7 @@ def measure(name: str, length: int, tokens: int, args: argparse.Namespace, devic
         "tokens_per_s": round(count / taken, 1),
         "standard_attn_tokens_per_s": round(count / beside, 1),
         "ratio": round(beside / taken, 3),
-        "peak_mb": None if peak is None else round(peak / 2**20, 1),
+        "saved_mb": round(saved_bytes(lambda: mixer(x, None)) / 2**20, 1) if mixer.trainable else None,
         "forward_only": not mixer.trainable,
     }
 
@@ -117,14 +115,14 @@ def main() -> None:
     device, tokens = torch.device(args.device), max(args.lengths)
     names = args.mixers or [name for name in MIXERS if name != "retnet_attn"]
     rows = []
-    print(f"{'mixer':26}{'T':>6}{'tokens/s':>12}{'softmax':>12}{'ratio':>8}{'peak MB':>10}")
+    print(f"{'mixer':26}{'T':>6}{'tokens/s':>12}{'softmax':>12}{'ratio':>8}{'saved MB':>10}")
     for name in names:
         for length in args.lengths:
             row = measure(name, length, tokens, args, device)
             rows.append(row)
             print(
                 f"{name:26}{length:6}{row['tokens_per_s']:12.0f}{row['standard_attn_tokens_per_s']:12.0f}"
-                f"{row['ratio']:8.2f}{row['peak_mb'] if row['peak_mb'] is not None else '-':>10}",
+                f"{row['ratio']:8.2f}{row['saved_mb'] if row['saved_mb'] is not None else '-':>10}",
                 flush=True,
             )
     summary = summarize(rows)
