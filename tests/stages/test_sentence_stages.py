@@ -63,7 +63,7 @@ def test_the_two_stages_make_models_reports_and_embeddings(world: World, monkeyp
     assert sorted(report["full"]["dev_spearman"]) == ["mean", "pawsx", "stsb"]
     header, *rows = Path("reports/plots/sbert.csv").read_text().splitlines()
     assert header == "step,model,loss,learning_rate,dev_spearman"
-    assert len(rows) == 12
+    assert len(rows) == 14
     assert not list(Path("data/.resume").glob("*"))
     call(
         monkeypatch, export_embeddings, sbert=Path("data/sbert"), cache=world.cache, embeddings=Path("data/embeddings")
