@@ -40,6 +40,7 @@ def queue(steps: int, mixers: list[str]) -> None:
             "model.layer_pattern": f"[{name}]",
             "training.scheduler_total_steps": steps,
             "+training.csv_log_path": LOGS / f"{name}.csv",
+            "+training.telemetry_log_interval": 5,
         }
         command = ["dvc", "exp", "run", "--queue", "-n", PREFIX + name.replace("_", "-")]
         for key, value in sets.items():
@@ -49,7 +50,9 @@ def queue(steps: int, mixers: list[str]) -> None:
 
 def losses() -> dict[str, float]:
     """Validation loss of every finished experiment, by mixer."""
-    shown = subprocess.run(["dvc", "exp", "show", "--json"], cwd=ROOT, check=True, capture_output=True, text=True)
+    shown = subprocess.run(
+        ["dvc", "exp", "show", "--json", "--all-commits"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     found: dict[str, float] = {}
     wanted = {PREFIX + name.replace("_", "-"): name for name in names()}
     for revision in _walk(json.loads(shown.stdout)):
@@ -57,7 +60,7 @@ def losses() -> dict[str, float]:
         metrics = ((revision.get("data") or {}).get("metrics") or {}).get("reports/metrics/pretrain.json", {})
         values = metrics.get("data") or {}
         if mixer and "valid_loss" in values:
-            found[mixer] = values["valid_loss"]
+            found.setdefault(mixer, values["valid_loss"])  # the newest commit comes first
     return found
 
 
