@@ -5,8 +5,6 @@ STAMP := .venv/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 STEPS ?= 100
 export HF_HUB_DISABLE_TELEMETRY := 1
-# Threads that wait do not burn a core that another process needs.
-export GOMP_SPINCOUNT := 0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup repro test test-slow lint types schema mixers-queue mixers-report clean
