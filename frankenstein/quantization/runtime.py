@@ -5,8 +5,11 @@ layer keeps its 2-bit weights and, for the matrix product, their int8 codes.
 """
 
 import logging
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +28,15 @@ MAX_IN_FEATURES = (2**24 - 1) // 127
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to multiply codes: (M, K) int8, (N, K) int8 -> (M, N) int32."""
+    """One way to multiply codes.
+
+    multiply: (M, K) int8, prepared weight -> (M, N) integers, as int32 or as float32 that holds them exactly.
+    prepare: codes (N, K) int8 -> what `multiply` reads; done once a layer.
+    """
 
     name: str
-    multiply: Callable[[Tensor, Tensor], Tensor]
+    multiply: Callable[[Tensor, Any], Tensor]
+    prepare: Callable[[Tensor], Any] = lambda codes: codes
 
 
 def _multiply_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -46,18 +54,47 @@ def _multiply_int_mm(x: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(x, weight.T)[:rows, :columns]
 
 
-BACKENDS = {b.name: b for b in (Backend("int_mm", _multiply_int_mm), Backend("reference", _multiply_reference))}
+@dataclass(frozen=True)
+class _OneDnnWeight:
+    """A weight in oneDNN's own layout, with scales of 1."""
+
+    blocks: Tensor
+    ones: Tensor
+    zeros: Tensor
+
+
+def _prepare_onednn(codes: Tensor) -> _OneDnnWeight:
+    columns = codes.shape[0]
+    blocks = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+    return _OneDnnWeight(blocks, torch.ones(columns), torch.zeros(columns, dtype=torch.int64))
+
+
+def _multiply_onednn(x: Tensor, weight: _OneDnnWeight) -> Tensor:
+    """int8 products with int32 sums, handed over as float32."""
+    product: Tensor = torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 0, weight.blocks, weight.ones, weight.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return product
+
+
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("int_mm", _multiply_int_mm),
+        Backend("onednn", _multiply_onednn, _prepare_onednn),
+        Backend("reference", _multiply_reference),
+    )
+}
+_TRIAL = (512, 256, 256)  # M, K, N of the product that the automatic choice times
 
 
 def choose_backend(name: str = "auto", device: torch.device | str = "cpu") -> Backend:
-    """The backend of this name; "auto" takes the fastest that this machine has and computes right.
+    """The backend of this name; "auto" takes the fastest of those that work here, by a short trial.
 
     Raises: FrankensteinError: for an unknown name, or one that does not work on `device`.
     """
     if name == "auto":
-        chosen = next(b for b in BACKENDS.values() if b.name == "reference" or _works(b, device))
-        log.info("ternary backend: %s (automatic)", chosen.name)
-        return chosen
+        return _fastest(str(device))
     if name not in BACKENDS:
         raise FrankensteinError(f"unknown ternary backend {name!r}; known: auto, {', '.join(sorted(BACKENDS))}")
     if name != "reference" and not _works(BACKENDS[name], device):
@@ -65,21 +102,59 @@ def choose_backend(name: str = "auto", device: torch.device | str = "cpu") -> Ba
     return BACKENDS[name]
 
 
+@cache
+def _fastest(device: str) -> Backend:
+    working = [b for b in BACKENDS.values() if b.name == "reference" or _works(b, device)]
+    seconds = {b.name: _trial_seconds(b, device) for b in working if len(working) > 1}
+    chosen = min(working, key=lambda b: seconds.get(b.name, 0.0))
+    shown = ", ".join(f"{b} {1e3 * s:.2f} ms" for b, s in seconds.items())
+    log.info("ternary backend: %s (automatic; %s)", chosen.name, shown or "the only one")
+    return chosen
+
+
+def _trial_seconds(backend: Backend, device: str) -> float:
+    """Best time of four products; the first warms up."""
+    m, k, n = _TRIAL
+    x = torch.ones(m, k, dtype=torch.int8, device=device)
+    weight = backend.prepare(torch.ones(n, k, dtype=torch.int8, device=device))
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        backend.multiply(x, weight)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
 def _works(backend: Backend, device: torch.device | str) -> bool:
-    """Whether the backend gives the oracle's integers on this device, for one row and for odd sizes."""
+    """Whether the backend gives the oracle's integers on this device: one row, odd sizes, the largest sums."""
     generator = torch.Generator().manual_seed(0)
+    trials = []
     for m, k, n in ((1, 16, 8), (5, 33, 7), (32, 64, 24)):
         x = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=generator)
-        weight = torch.randint(-1, 2, (n, k), dtype=torch.int8, generator=generator)
+        trials.append((x, torch.randint(-1, 2, (n, k), dtype=torch.int8, generator=generator)))
+    largest = torch.full((3, 520), 127, dtype=torch.int8)  # integer kernels that add in 16 bits would saturate here
+    trials += [(largest, torch.ones(5, 520, dtype=torch.int8)), (largest, -torch.ones(5, 520, dtype=torch.int8))]
+    for x, weight in trials:
         try:
-            got = backend.multiply(x.to(device), weight.to(device))
-        except RuntimeError as error:
+            got = backend.multiply(x.to(device), backend.prepare(weight.to(device)))
+        except (RuntimeError, AttributeError) as error:
             log.info("ternary backend %s is not available: %s", backend.name, str(error).split("\n")[0])
             return False
-        if not torch.equal(got.cpu(), _multiply_reference(x, weight)):
+        if not torch.equal(got.cpu().double(), _multiply_reference(x, weight).double()):
             log.warning("ternary backend %s computes wrong integers on %s and is not used", backend.name, device)
             return False
     return True
+
+
+@dataclass
+class _Prepared:
+    """A layer's weight as its backend wants it, made at the first product; a copied layer makes its own."""
+
+    weight: Any = None
+    made_of: Tensor | None = field(default=None, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Prepared":
+        return _Prepared()
 
 
 class PackedTernaryLinear(nn.Module):
@@ -102,8 +177,7 @@ class PackedTernaryLinear(nn.Module):
         if in_features > MAX_IN_FEATURES:
             raise FrankensteinError(f"in_features={in_features}; exact integer sums allow at most {MAX_IN_FEATURES}")
         self.in_features, self.out_features = in_features, out_features
-        self.multiply: Callable[[Tensor, Tensor], Tensor] = backend.multiply
-        self.backend = backend.name
+        self.use(backend)
         self.register_buffer("qweight", torch.zeros(out_features, packed_width(in_features), dtype=torch.uint8))
         self.register_buffer("scale", torch.zeros(out_features if scale == "channel" else 1))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
@@ -131,13 +205,22 @@ class PackedTernaryLinear(nn.Module):
         """Decode and check the packed weights; needed once, after the tensors were loaded."""
         self.codes = unpack_rows(self.qweight, self.in_features)
 
+    def use(self, backend: Backend) -> None:
+        """Multiply with this backend from now on."""
+        self.backend, self._chosen, self._prepared = backend.name, backend, _Prepared()
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        if self._prepared.made_of is not self.codes:  # first use, other weights, or moved to another device
+            self._prepared = _Prepared(self._chosen.prepare(self.codes), self.codes)
+        return self._chosen.multiply(rows, self._prepared.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
         if self.norm_weight is not None:
             x = rms_norm(x, self.norm_weight, NORM_EPS)
         x_codes, x_scale = activation_codes(x)
         rows = x_codes.reshape(-1, self.in_features).to(torch.int8)
-        product = self.multiply(rows, self.codes).to(torch.float32).view(*x.shape[:-1], self.out_features)
+        product = self._multiply(rows).to(torch.float32).view(*x.shape[:-1], self.out_features)
         return rescale(product, x_scale, self.scale, self.bias)
 
     def extra_repr(self) -> str:
@@ -148,4 +231,4 @@ def set_backend(module: nn.Module, backend: Backend) -> None:
     """Let every packed layer of `module` multiply with `backend`."""
     for layer in module.modules():
         if isinstance(layer, PackedTernaryLinear):
-            layer.multiply, layer.backend = backend.multiply, backend.name
+            layer.use(backend)

@@ -1,5 +1,7 @@
 """The packed layers: integers equal in every backend, outputs equal to the training forward, nothing in float."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -10,12 +12,22 @@ from frankenstein.quantization.embedding import Int8Embedding, round_embeddings
 from frankenstein.quantization.runtime import (
     BACKENDS,
     MAX_IN_FEATURES,
+    Backend,
     PackedTernaryLinear,
     choose_backend,
     set_backend,
 )
 
-BUILT = [name for name in sorted(BACKENDS) if name == "reference" or choose_backend("auto").name == name]
+
+def works(name: str) -> bool:
+    try:
+        choose_backend(name)
+    except FrankensteinError:
+        return False
+    return True
+
+
+BUILT = [name for name in sorted(BACKENDS) if works(name)]
 
 
 def trained_layer(in_features: int, out_features: int, **settings: object) -> BitLinear:
@@ -34,9 +46,9 @@ def test_every_backend_gives_the_oracles_integers(rows, k, n):
     weight = torch.randint(-1, 2, (n, k), dtype=torch.int8, generator=generator)
     expected = x.long() @ weight.long().T
     for name in BUILT:
-        got = BACKENDS[name].multiply(x, weight)
-        assert got.dtype == torch.int32
-        assert torch.equal(got.long(), expected), name
+        got = BACKENDS[name].multiply(x, BACKENDS[name].prepare(weight))
+        assert got.dtype in (torch.int32, torch.float32)
+        assert torch.equal(got.double(), expected.double()), name
 
 
 @pytest.mark.parametrize("backend", BUILT)
@@ -88,8 +100,39 @@ def test_backends_are_chosen_by_name_and_reported():
     assert packed.backend in BACKENDS
     set_backend(nn.Sequential(packed), choose_backend("reference"))
     assert packed.backend == "reference" and "backend=reference" in repr(packed)
-    with pytest.raises(FrankensteinError, match="unknown ternary backend 'cuda'; known: auto, int_mm, reference"):
+    with pytest.raises(
+        FrankensteinError, match="unknown ternary backend 'cuda'; known: auto, int_mm, onednn, reference"
+    ):
         choose_backend("cuda")
+
+
+def test_a_backend_that_saturates_is_not_used(caplog):
+    def saturating(x, weight):
+        return (x.to(torch.int32) @ weight.to(torch.int32).T).clamp(-32768, 32767)
+
+    BACKENDS["saturating"] = Backend("saturating", saturating)
+    try:
+        with pytest.raises(FrankensteinError, match="'saturating' does not work on cpu; use auto or reference"):
+            choose_backend("saturating")
+    finally:
+        del BACKENDS["saturating"]
+    assert "computes wrong integers" in caplog.text
+
+
+def test_other_weights_and_copies_are_prepared_anew():
+    backend = choose_backend("auto")
+    packed = PackedTernaryLinear.from_bitlinear(trained_layer(32, 16), backend)
+    other = PackedTernaryLinear.from_bitlinear(trained_layer(32, 16).requires_grad_(False), backend)
+    other.qweight = other.qweight.flip(0)
+    x = torch.randn(4, 32)
+    before, twin = packed(x), copy.deepcopy(packed)
+    assert torch.equal(twin(x), before)
+    packed.load_state_dict(other.state_dict())
+    packed.unpack()
+    set_backend(other, choose_backend("reference"))
+    other.unpack()
+    assert torch.equal(packed(x), other(x)) and not torch.equal(packed(x), before)
+    assert torch.equal(twin(x), before)
 
 
 def test_a_rounded_embedding_equals_its_int8_form_and_rounding_twice_changes_nothing():
