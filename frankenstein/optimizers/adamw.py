@@ -4,6 +4,7 @@
 Source: Loshchilov & Hutter 2019, algorithm 2, https://arxiv.org/abs/1711.05101; torch.optim.AdamW.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,21 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         check_arguments("adamw", {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update. A gradient in another memory layout than its parameter, which the fused kernel would read in the
+        wrong order, is replaced by a copy in the parameter's layout."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.stride() != p.stride():
+                    p.grad = torch.empty_like(p).copy_(p.grad)
+        super().step()
+        return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         check_group("adamw", param_group)

@@ -38,3 +38,16 @@ def test_unknown_arguments_are_errors_also_in_a_group() -> None:
         AdamW([{"params": [p], "momentum": 0.9}])
     with pytest.raises(FrankensteinError, match=r"adamw: eps: found 0"):
         AdamW([{"params": [p], "eps": 0}])
+
+
+def test_a_gradient_in_another_memory_layout_gives_the_same_step() -> None:
+    torch.manual_seed(0)
+    start, grads = torch.randn(6, 4), torch.randn(5, 6, 4)
+    plain, turned = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    one, two = AdamW([plain], lr=0.1), AdamW([turned], lr=0.1)
+    for g in grads:
+        plain.grad, turned.grad = g.clone(), g.T.contiguous().T
+        assert turned.grad.stride() != turned.stride()
+        one.step()
+        two.step()
+    assert torch.equal(plain, turned)

@@ -5,8 +5,10 @@ from torch import nn
 from frankenstein.errors import FrankensteinError
 from frankenstein.model.encoder import Encoder
 from frankenstein.model.options import ModelOptions
+from frankenstein.optimizers.galore import GaLore
 from frankenstein.optimizers.groups import build_optimizer, parameter_groups
 from frankenstein.params import load_params
+from frankenstein.quantization.bitlinear import BitLinear
 from frankenstein.training.options import OptimizerOptions, TrainingOptions
 
 
@@ -15,7 +17,7 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.decay = nn.Parameter(torch.zeros(3))
+        self.decay, self.filter = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4, 3))
         self.inside, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
 
 
@@ -56,7 +58,7 @@ def test_every_parameter_has_one_group_and_a_tied_head_comes_once() -> None:
     assert names(Model()) == {
         "embeddings": ["embedding.weight", "head.bias"],
         "norms": ["mixer.norm.weight", "mixer.norm.bias", "final_norm.weight"],
-        "mamba": ["mixer.decay", "mixer.inside.weight", "mixer.inside.bias"],
+        "mamba": ["mixer.decay", "mixer.filter", "mixer.inside.weight", "mixer.inside.bias"],
         "other": ["ffn.weight", "ffn.bias"],
     }
 
@@ -115,8 +117,8 @@ def test_own_suffixes_reach_the_constructor() -> None:
 def test_wrong_keys_and_classes_are_named() -> None:
     with pytest.raises(FrankensteinError, match="lion-lr: a key of lion, but optimizer_class is adamw"):
         build({"lion-lr": 1.0})
-    with pytest.raises(FrankensteinError, match="optimizer 'muon' is not built yet"):
-        build({}, "muon")
+    with pytest.raises(FrankensteinError, match=r"unknown optimizer 'muo'; .*did you mean 'muon'"):
+        build({}, "muo")
     with pytest.raises(FrankensteinError, match=r"Odd\.parameter_group is 'attentoin'; expected one of embeddings, "):
         parameter_groups(Odd())
 
@@ -125,3 +127,73 @@ def test_whole_configurations_and_single_sections_are_accepted() -> None:
     params = load_params(overrides={"training.optimizer.parameters": {"adamw-lr": 0.25}})
     for options in (params, params.training, params.training.optimizer):
         assert {g["lr"] for g in build_optimizer(Model(), options).param_groups} == {0.25}
+
+
+def test_the_muons_take_weights_of_linear_layers_and_tables_go_to_adamw() -> None:
+    model = Model()
+    known = {id(p): name for name, p in model.named_parameters()}
+    for name in ("muon", "turbo_muon", "softmuon"):
+        optimizer = build({}, name, model)
+        hidden = {known[id(p)] for g in optimizer.param_groups if g["matrix"] for p in g["params"] if p.ndim == 2}
+        tables = {known[id(p)] for g in optimizer.param_groups if not g["matrix"] for p in g["params"]}
+        assert hidden == {"mixer.inside.weight", "ffn.weight"} and tables == {"embedding.weight", "mixer.filter"}
+        assert sum(len(g["params"]) for g in optimizer.param_groups) == len(known)
+
+
+def test_the_muons_rate_is_for_matrices_and_tables_take_a_share_of_it_or_their_own() -> None:
+    def rate(parameters: dict) -> float:
+        groups = build(parameters, "muon").param_groups
+        return next(g["lr"] for g in groups if g["name"] == "embeddings" and not g["matrix"])
+
+    assert rate({}) == pytest.approx(0.02 * 0.015)
+    assert rate({"muon-lr": 0.1, "muon-fallback_lr_ratio": 0.5}) == pytest.approx(0.05)
+    assert rate({"muon-lr_embeddings": 0.004}) == 0.004
+
+
+def test_ternary_layers_are_matrices_too() -> None:
+    model = Model()
+    model.ffn = BitLinear.from_linear(model.ffn)
+    optimizer = build({}, "muon", model)
+    assert any(model.ffn.weight is p for g in optimizer.param_groups if g["matrix"] for p in g["params"])
+
+
+def test_both_halves_of_a_split_group_take_its_settings() -> None:
+    optimizer = build({"muon-lr_mamba": 0.5}, "muon")
+    rates = {(g["name"], g["matrix"]): g["lr"] for g in optimizer.param_groups}
+    assert rates["mamba", True] == 0.5 and rates["other", True] == 0.02
+    assert rates["mamba", False] == pytest.approx(0.5 * 0.015)
+
+
+def test_softening_follows_from_the_length_of_the_run_unless_it_is_given() -> None:
+    def switch(name: str, parameters: dict) -> list:
+        options = TrainingOptions(optimizer=OptimizerOptions(name, parameters), scheduler_total_steps=500)
+        group = build_optimizer(Model(), options).param_groups[0]
+        return [group["sign_steps"], group["transition_steps"]]
+
+    for name in ("softsignum", "softmuon"):
+        assert switch(name, {}) == [450, 50]
+        assert switch(name, {f"{name}-alpha_sign": 0.3}) == [150, 350]
+        assert switch(name, {f"{name}-sign_steps": 7, f"{name}-transition_steps": 9}) == [7, 9]
+    alone = build_optimizer(Model(), OptimizerOptions("softsignum", {})).param_groups[0]
+    assert [alone["sign_steps"], alone["transition_steps"]] == [9000, 1000]
+
+
+def test_softsignum_leaves_untouched_words_out_of_its_statistics() -> None:
+    optimizer = build({}, "softsignum")
+    assert {g["name"]: g["ignore_zeros"] for g in optimizer.param_groups} == {
+        "embeddings": True, "norms": False, "mamba": False, "other": False,
+    }  # fmt: skip
+
+
+def test_galore_wraps_the_configured_optimizer_or_refuses_by_name() -> None:
+    def wrapped(name: str, **galore: int) -> torch.optim.Optimizer:
+        options = TrainingOptions(optimizer=OptimizerOptions(name, {}), use_galore=True, galore_rank=3, **galore)
+        return build_optimizer(Model(), options)
+
+    optimizer = wrapped("adan", galore_update_interval=5)
+    assert isinstance(optimizer, GaLore)
+    assert [tuple(p.shape) for p in optimizer.projected] == [(4, 4), (4, 4)]
+    with pytest.raises(FrankensteinError, match="use_galore: lamb cannot be wrapped: its step is scaled by the norm"):
+        wrapped("lamb")
+    with pytest.raises(FrankensteinError, match="none above galore_max_dim=3"):
+        wrapped("adamw", galore_max_dim=3)
