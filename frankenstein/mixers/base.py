@@ -77,11 +77,7 @@ class Mixer(nn.Module):
         return {}
 
 
-MIXERS: Registry[type[Mixer]] = Registry(
-    "mixer",
-    "frankenstein.mixers",
-    announced=("mla_attn",),
-)
+MIXERS: Registry[type[Mixer]] = Registry("mixer", "frankenstein.mixers")
 
 
 class HeadProjections(nn.Module):

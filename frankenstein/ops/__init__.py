@@ -17,6 +17,7 @@ from frankenstein.mixers.hgrn2 import bidirectional_hgrn2, hgrn2, hgrn2_lower_bo
 from frankenstein.mixers.hope import hope_scores
 from frankenstein.mixers.kda import bidirectional_kda, kda
 from frankenstein.mixers.longformer import longformer_mask
+from frankenstein.mixers.mla_attn import mla_absorbed, mla_attention
 from frankenstein.mixers.nsa import nsa, nsa_bidirectional
 from frankenstein.mixers.ode import ode_solve
 from frankenstein.mixers.retnet import bidirectional_retention, retention, retention_decay
@@ -60,6 +61,8 @@ __all__ = [
     "hope_scores",
     "kda",
     "longformer_mask",
+    "mla_absorbed",
+    "mla_attention",
     "nsa",
     "nsa_bidirectional",
     "ode_solve",

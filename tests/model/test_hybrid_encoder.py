@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from frankenstein.errors import FrankensteinError, NotBuiltYetError
+from frankenstein.errors import FrankensteinError
 from frankenstein.model.encoder import Encoder, build_encoder
 from frankenstein.model.options import ModelOptions
 from frankenstein.params import load_params
@@ -150,7 +150,6 @@ def test_build_encoder_is_seeded_and_leaves_the_global_state_alone() -> None:
             FrankensteinError,
             "unknown mixer 'retnet_atn'.*did you mean 'retnet_attn'",
         ),
-        ({"layer_pattern": ("mla_attn",)}, NotBuiltYetError, "mixer 'mla_attn' is not built yet"),
         ({"norm_type": "rmsnorm"}, FrankensteinError, "unknown norm 'rmsnorm'"),
         ({"num_kv_heads": 3}, FrankensteinError, "model.num_kv_heads: num_heads=4 is not a multiple of num_kv_heads=3"),
         (
