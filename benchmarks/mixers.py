@@ -28,7 +28,7 @@ from frankenstein.model.positions import Rotary
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 LINEAR = (
     "retnet", "mamba", "gla_attn", "deltanet_attn", "gated_deltanet_attn", "hgrn2_attn", "kda_attn", "griffin",
-    "longformer_attn", "bigbird_attn", "sparsek_attn",
+    "longformer_attn", "bigbird_attn", "sparsek_attn", "titan_attn",
 )  # fmt: skip
 EVALUATIONS = {"rk4": 4, "euler": 1}
 
