@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_validate(commands)
     _add_train(commands)
+    _add_replay(commands)
     _add_quantize(commands)
     _add_sbert_train(commands)
     _add_sbert_infer(commands)
@@ -188,6 +189,35 @@ def _train(options: argparse.Namespace) -> None:
         curve=out / "plots" / "pretrain.csv",
     )
     print(out / "encoder")
+
+
+def _add_replay(commands: Any) -> None:
+    text = (
+        "run the step that stopped a training again and name the first module whose values or gradients are not finite"
+    )
+    command = _command(commands, "replay", _replay, text)
+    command.add_argument("folder", type=Path, help="emergency checkpoint, emergency-<step> among the run's checkpoints")
+    command.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this module first, if the model uses what it registers; repeatable",
+    )
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from importlib import import_module
+
+    for name in options.plugin:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise FrankensteinError(f"--plugin {name}: cannot be imported: {error}") from None
+    from frankenstein.training.replay import replay, report
+
+    for line in report(replay(options.folder)):
+        print(line)
 
 
 def _add_quantize(commands: Any) -> None:

@@ -12,6 +12,7 @@ from frankenstein.mixers.base import MIXERS
 from frankenstein.model.norms import NORMS
 from frankenstein.optimizers.base import OPTIMIZERS
 from frankenstein.optimizers.contract import parameters_schema
+from frankenstein.optimizers.galore import refusal
 from frankenstein.options import json_schema
 from frankenstein.params import base_schema
 from frankenstein.registry import Registry
@@ -34,6 +35,7 @@ def compose() -> dict[str, Any]:
     for section in ("evaluate", "sbert"):
         sections[section]["tasks"]["items"] = _names(TASKS)
     _optimizer(sections["training"]["optimizer"])
+    schema["properties"]["training"]["x-refuse"] = [_galore_rule(name) for name in OPTIMIZERS if refusal(name)]
     return schema
 
 
@@ -94,6 +96,13 @@ def _optimizer(entry: dict[str, Any]) -> None:
         }
         for name in sorted({*OPTIMIZERS, *OPTIMIZERS.announced})
     ]
+
+
+def _galore_rule(name: str) -> dict[str, Any]:
+    """use_galore around an optimizer that it cannot wrap is refused, with the reason."""
+    chosen = {"required": ["optimizer_class"], "properties": {"optimizer_class": {"const": name}}}
+    values = {"use_galore": {"const": True}, "optimizer": chosen}
+    return {"when": {"required": list(values), "properties": values}, "message": refusal(name)}
 
 
 def render(schema: dict[str, Any]) -> str:

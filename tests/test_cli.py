@@ -16,7 +16,7 @@ def test_help_lists_what_is_and_what_is_coming(capsys: pytest.CaptureFixture[str
         main(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for name in ("validate", "train", "quantize", "sbert-train", "sbert-infer", *COMING):
+    for name in ("validate", "train", "replay", "quantize", "sbert-train", "sbert-infer", *COMING):
         assert name in text
 
 
@@ -56,6 +56,8 @@ def test_validate_names_an_input_that_is_not_there(tmp_path: Path, capsys: pytes
         (["train", "--out", "x", "--set", "model.hidden_size=[1"], "the value is not valid YAML"),
         (["train", "--out", "x", "--set", "model.hidden_sise=8"], "override: model.hidden_sise: unknown key"),
         (["quantize", "--encoder", "none", "--tokens", "none", "--out", "x"], "none: no such folder"),
+        (["replay", "none"], "none: no such folder"),
+        (["replay", "none", "--plugin", "no_such_plugin"], "--plugin no_such_plugin: cannot be imported"),
         (["sbert-infer", "similarity", "--model", "none", "a", "b"], "none: no such folder"),
         (["sbert-train", "--encoder", "none", "--pairs", "none.csv", "--out", "x"], "none.csv"),
     ],

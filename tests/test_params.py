@@ -75,10 +75,6 @@ WRONG = {
         "model:\n  layer_pattern:\n    - retnet\n    - glaa_attn\n",
         'params.yaml:4:7: model.layer_pattern[1]: found "glaa_attn"; allowed: ',
     ),
-    "mixer of later work": (
-        "model:\n  layer_pattern: [mla_attn]\n",
-        'model.layer_pattern[0]: "mla_attn" is not built yet',
-    ),
     "mixer that cannot be trained": (
         "model:\n  layer_pattern: [standard_attn, sparge_attn]\n",
         'model.layer_pattern[1]: "sparge_attn" only runs in evaluation; train with standard_attn',
@@ -93,12 +89,12 @@ WRONG = {
         "use_hope: true needs titan_attn in the layer_pattern",
     ),
     "feature of later work": (
-        "training:\n  use_galore: true\n",
-        "params.yaml:2:3: training.use_galore: true is not built yet",
+        "sbert:\n  loss: mnrl\n",
+        'params.yaml:2:3: sbert.loss: "mnrl" is not built yet',
     ),
-    "optimizer of later work": (
-        "training:\n  optimizer:\n    optimizer_class: lion\n",
-        'optimizer_class: "lion" is not built yet',
+    "GaLore around what it cannot wrap": (
+        "training:\n  use_galore: true\n  optimizer:\n    optimizer_class: lamb\n",
+        "params.yaml:1:1: training: use_galore: lamb cannot be wrapped: its step is scaled by the norm",
     ),
     "key of another optimizer": (
         "training:\n  optimizer:\n    optimizer_class: adamw\n    parameters:\n      lion-lr: 1e-4\n",

@@ -120,7 +120,7 @@ def pack(
 def load_packed(folder: str | Path, backend: str = "auto") -> Encoder:
     """The encoder of a packed_encoder artifact: `Encoder`'s interface, packed layers, evaluation mode, no gradients.
 
-    Args: backend: auto, int_mm, onednn or reference; `runtime.set_backend` changes it later, each layer's `.backend` tells it.
+    Args: backend: auto, int_mm, onednn or reference; `runtime.set_backend` changes it, `.backend` of a layer tells it.
     Raises:
         ArtifactError: when the folder is missing, damaged or of another kind, its tensors do not fit its config, a
             weight has the code 0b11, or the probe comes out different.

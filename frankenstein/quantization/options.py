@@ -41,5 +41,5 @@ class QuantizeOptions:
     backend: str = option(
         "auto",
         "Integer backend of the packed model; auto takes the fastest that this machine has.",
-        enum=["auto", "reference", "int_mm"],
+        enum=["auto", "int_mm", "onednn", "reference"],
     )

@@ -1,14 +1,18 @@
-"""Checkpoints of a running training: a folder each, written whole or not at all, in three tiers.
+"""Checkpoints of a running training: a folder each, written whole or not at all, in four tiers.
 
-Rolling ones carry a run over a crash, best ones keep the lowest validation losses, one emergency folder holds the
-state of a run that stopped by itself. A folder has `model.safetensors`, `state.pt` (optimizer and generators; loads
-with weights_only=True), `config.json` (position and history) and the manifest with digests.
+Rolling ones carry a run over a crash, best ones keep the lowest validation losses, epoch ones the end of every epoch,
+and one emergency folder holds what went wrong last (see emergency.py). A folder has `model.safetensors`, `state.pt`
+(optimizer, loss scaler and generators; loads with weights_only=True), `config.json` (position and history) and the
+manifest with digests. Where a method is evaluated at other weights than it trains at, a checkpoint holds the former.
 Source: TORMENTED-BERT-Frankenstein, section 8.4.1 (table 4).
 """
 
 import logging
 import random
+import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,24 +20,70 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.optim import Optimizer
 
-from frankenstein.artifact import ArtifactError, new_folder, open_folder, write_json
+from frankenstein.artifact import ArtifactError, new_folder, open_folder
+from frankenstein.errors import FrankensteinError
+from frankenstein.optimizers.modes import averaged_weights, training_weights
+from frankenstein.training.guard import not_finite
 
 logger = logging.getLogger(__name__)
 KIND = "checkpoint"
+WEIGHTS, STATE = "model.safetensors", "state.pt"
+
+
+class CheckpointError(FrankensteinError):
+    """A checkpoint could not be written."""
 
 
 @dataclass
 class RunState:
-    """Where a run is: finished steps, skipped ones among them, history rows, and [loss, step] of the best."""
+    """Where a run is.
+
+    `step` counts finished steps, `unstable` the retries that were used, `tokens` and `seconds` what was spent;
+    `ended_by` names the limit that ended the run (empty: it goes on); `hessian_terms` counts the terms of the last
+    Hessian estimate. `history` are rows, `best` is [loss, step] of the best. Equality leaves the seconds out.
+    """
 
     step: int = 0
     unstable: int = 0
+    tokens: int = 0
+    ended_by: str = ""
+    hessian_terms: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: list[list[float]] = field(default_factory=list)
+    seconds: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The parts of a run whose state a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Take the state of a checkpoint folder; returns the generators' states."""
+        load_model(self.model, str(folder / WEIGHTS))
+        saved = torch.load(folder / STATE, weights_only=True, map_location="cpu")
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        training_weights(self.optimizer)
+        generators: dict[str, Any] = saved["generators"]
+        return generators
+
+
+@dataclass(frozen=True)
+class Dump:
+    """What an emergency checkpoint has besides the state: generators of an earlier moment, config entries, files."""
+
+    generators: dict[str, Any]
+    config: dict[str, Any]
+    write: Callable[[Path], None]
 
 
 class Checkpoints:
@@ -42,23 +92,36 @@ class Checkpoints:
     Args:
         folder: holds nothing else.
         rolling: rolling checkpoints kept.
+        epochs: epoch checkpoints kept; None keeps all.
     """
 
-    def __init__(self, folder: Path, *, rolling: int) -> None:
+    def __init__(self, folder: Path, *, rolling: int, epochs: int | None = None) -> None:
         self.folder = folder
-        self._limits = {"rolling": rolling, "emergency": 1}
+        self._limits = {"rolling": rolling, "emergency": 1, **({} if epochs is None else {"epoch": epochs})}
 
-    def save(self, tier: str, model: nn.Module, optimizer: Optimizer, state: RunState, notes: Any = None) -> Path:
-        """Write `<tier>-<step>`; `notes` become notes.json. Then older folders of a limited tier are removed."""
+    def save(self, tier: str, trained: Trained, state: RunState, dump: Dump | None = None) -> Path:
+        """Write `<tier>-<step>`, then remove older folders of a limited tier.
+
+        An emergency checkpoint (one with a dump) keeps the training weights, which are those that went wrong.
+        Raises:
+            CheckpointError: when it cannot be written (a full disk); older checkpoints are as they were.
+        """
         path = self.folder / f"{tier}-{state.step:08d}"
-        with new_folder(path, KIND, asdict(state)) as folder:
-            save_model(model, str(folder / "model.safetensors"))
-            torch.save({"optimizer": optimizer.state_dict(), "generators": generator_states()}, folder / "state.pt")
-            if notes is not None:
-                write_json(folder / "notes.json", notes)
+        config = {**asdict(state), **({} if dump is None else dump.config)}
+        weights = nullcontext() if dump is not None else averaged_weights(trained.optimizer)
+        with self._disk_errors(path), weights, new_folder(path, KIND, config) as folder:
+            save_model(trained.model, str(folder / WEIGHTS))
+            parts = {
+                "optimizer": trained.optimizer.state_dict(),
+                "scaler": trained.scaler.state_dict(),
+                "generators": generator_states() if dump is None else dump.generators,
+            }
+            with (folder / STATE).open("wb") as stream:  # given a path, torch hides the reason of a failure
+                torch.save(parts, stream)
+            if dump is not None:
+                dump.write(folder)
         if tier in self._limits:
-            for old in self._tier(tier)[: -self._limits[tier]]:
-                shutil.rmtree(old)
+            self._prune(tier, self._limits[tier])
         return path
 
     def keep_best(self, state: RunState) -> None:
@@ -68,10 +131,13 @@ class Checkpoints:
             if path.name not in wanted:
                 shutil.rmtree(path)
 
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> RunState | None:
-        """Load the newest intact rolling checkpoint, generators included; None when there is none.
+    def restore(self, trained: Trained, *, generators: bool = True) -> RunState | None:
+        """Load the newest intact rolling checkpoint; None when there is none.
 
-        What an interrupted write left behind is removed. A damaged folder is reported and the one before it taken.
+        What an interrupted write left behind is removed. A damaged folder, or one with NaN or Inf in it, is reported
+        and the one before it taken.
+        Args:
+            generators: set the global generators, too.
         """
         for leftover in sorted(self.folder.glob(".*")):
             shutil.rmtree(leftover)
@@ -82,21 +148,58 @@ class Checkpoints:
                 logger.warning("checkpoint skipped: %s", error)
                 shutil.rmtree(path)
                 continue
-            load_model(model, str(path / "model.safetensors"))
-            saved = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-            optimizer.load_state_dict(saved["optimizer"])
-            restore_generators(saved["generators"])
+            states = trained.load(path)
+            if bad := not_finite(trained.model, trained.optimizer):
+                logger.warning("checkpoint skipped: %s: not finite: %s", path, ", ".join(bad))
+                shutil.rmtree(path)
+                continue
+            if generators:
+                restore_generators(states)
             return RunState(**{name: config[name] for name in RunState.__dataclass_fields__})
         return None
 
     def remove(self) -> None:
-        """Remove the whole folder, and its parent when that is empty then."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
-            self.folder.parent.rmdir()
+        """Remove all but the emergency checkpoint, and the folder and its parent when they are empty then."""
+        for path in sorted(self.folder.glob("*")):
+            if not path.name.startswith("emergency-"):
+                shutil.rmtree(path)
+        for folder in (self.folder, self.folder.parent):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def _tier(self, tier: str) -> list[Path]:
         return sorted(self.folder.glob(f"{tier}-*"))
+
+    def _prune(self, tier: str, limit: int) -> None:
+        paths = self._tier(tier)
+        for old in paths[: max(0, len(paths) - limit)]:
+            shutil.rmtree(old)
+
+    @contextmanager
+    def _disk_errors(self, path: Path) -> Iterator[None]:
+        """One message for what the three writers raise when the disk is full or refuses."""
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if (reason := _disk_reason(error)) is None:
+                raise
+            earlier = self._tier("rolling")
+            start = f"training goes on from {earlier[-1].name}" if earlier else "training starts from the beginning"
+            raise CheckpointError(
+                f"checkpoint {path} could not be written: {reason}. The earlier ones are intact. "
+                f"Make room and run again: {start}"
+            ) from error
+
+
+def _disk_reason(error: BaseException | None) -> str | None:
+    """What the system said, also where torch raised an error of its own while it closed the file; None if nothing."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        if isinstance(error, SafetensorError):
+            return re.sub(r" \(os error \d+\)$", "", str(error).rpartition(": ")[2])
+        error = error.__context__
+    return None
 
 
 def seed_generators(seed: int) -> None:
@@ -106,24 +209,31 @@ def seed_generators(seed: int) -> None:
     np.random.seed(seed % 2**32)  # noqa: NPY002  the global generator is part of what a run may use
 
 
+def torch_generators() -> dict[str, Any]:
+    """States of torch's global generators, from which dropout draws; nobody waits for the device."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
 def generator_states() -> dict[str, Any]:
-    """States of the global generators, as tensors, numbers, strings and tuples only."""
+    """States of all global generators, as tensors, numbers, strings and tuples only."""
     name, keys, position, has_gauss, cached = cast(
         tuple[str, NDArray[np.uint32], int, int, float],
         np.random.get_state(legacy=True),  # noqa: NPY002
     )
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        **torch_generators(),
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
     }
 
 
 def restore_generators(states: dict[str, Any]) -> None:
-    """Set the global generators to saved states."""
+    """Set the global generators to saved states; those of GPUs only where there are GPUs."""
     torch.set_rng_state(states["torch"])
-    if states["cuda"]:
+    if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])
     random.setstate(states["python"])
     name, keys, position, has_gauss, cached = states["numpy"]

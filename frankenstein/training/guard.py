@@ -1,18 +1,16 @@
-"""Stability: clipping, the test for NaN, Inf and exploding gradients, and the report of a run that had to stop.
+"""Stability: clipping, and the tests for NaN, Inf and exploding gradients.
 
-Source: Transformer Encoder Frankenstein, section 3.6 and algorithm 1; TORMENTED-BERT-Frankenstein, section 8.4.3.
+Source: Transformer Encoder Frankenstein, section 3.6 and algorithm 1.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from frankenstein.errors import FrankensteinError
-
-_LARGE = 1000.0
-_LISTED = 5
 
 
 class TrainingStopped(FrankensteinError):
@@ -41,41 +39,19 @@ def unstable(loss: Tensor, norms: Norms, threshold: float) -> Tensor:
     return bad | (norms.after > threshold) if threshold > 0 else bad
 
 
-def first_bad_parameters(model: nn.Module) -> list[str]:
-    """Names of the first parameters with NaN or Inf in the gradient, else of those with large entries there."""
-    with_gradient = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    bad = [name for name, g in with_gradient if not torch.isfinite(g).all()]
-    return (bad or [name for name, g in with_gradient if g.abs().max() > _LARGE])[:_LISTED]
+def not_finite(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Names of the weights that hold NaN or Inf, or whose optimizer state does; waits for the device once."""
+    named = [(name, tensor) for name, tensor in _tensors(model, optimizer) if tensor.is_floating_point()]
+    if not named:
+        return []
+    device = named[0][1].device
+    finite = torch.stack([torch.isfinite(tensor).all().to(device) for _, tensor in named]).tolist()
+    return list(dict.fromkeys(name for (name, _), good in zip(named, finite, strict=True) if not good))
 
 
-def failure_notes(model: nn.Module, optimizer: Optimizer, batch: Any, values: dict[str, float]) -> dict[str, Any]:
-    """What a reader needs to find the cause, ready for JSON (numbers that are not finite as text).
-
-    The bad step's values, learning rates by group, parameters with bad or large gradients or bad weights, and shape,
-    type and range of the last batch's arrays.
-    """
-    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    return {
-        "values": {name: str(value) for name, value in values.items()},
-        "learning_rates": {str(group.get("name", i)): group["lr"] for i, group in enumerate(optimizer.param_groups)},
-        "gradients_not_finite": [name for name, g in gradients if not torch.isfinite(g).all()],
-        "gradients_above_1000": [name for name, g in gradients if g.abs().max() > _LARGE],
-        "weights_not_finite": [name for name, p in model.named_parameters() if not torch.isfinite(p).all()],
-        "batch": [_describe(part) for part in _arrays(batch)],
-    }
-
-
-def _arrays(batch: Any) -> list[Tensor]:
-    """The tensors and arrays inside a batch of any nesting."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    if isinstance(batch, dict):
-        batch = list(batch.values())
-    if isinstance(batch, (list, tuple)):
-        return [found for part in batch for found in _arrays(part)]
-    return [torch.as_tensor(batch)] if hasattr(batch, "__array__") else []
-
-
-def _describe(array: Tensor) -> str:
-    span = f", {array.min().item()} to {array.max().item()}" if array.numel() else ""
-    return f"{tuple(array.shape)} {array.dtype}{span}"
+def _tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        yield name, parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            parts = value if isinstance(value, (tuple, list)) else (value,)
+            yield from ((f"{name} ({key})", part) for part in parts if isinstance(part, Tensor))

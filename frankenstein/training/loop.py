@@ -8,35 +8,31 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from frankenstein.optimizers.modes import Averaging, averaged_weights
+from frankenstein.training.accumulation import accumulate
 from frankenstein.training.batches import batch_stream
-from frankenstein.training.checkpoints import Checkpoints, RunState, seed_generators
-from frankenstein.training.guard import TrainingStopped, clip_gradients, failure_notes, first_bad_parameters, unstable
+from frankenstein.training.checkpoints import Checkpoints, RunState, Trained, seed_generators, torch_generators
+from frankenstein.training.guard import clip_gradients, unstable
 from frankenstein.training.objective import Objective
+from frankenstein.training.precision import Precision
 from frankenstein.training.progress import Progress
+from frankenstein.training.readings import Readings, Record, finite
+from frankenstein.training.recovery import Recovery
+from frankenstein.training.run import Run
 from frankenstein.training.schedules import lr_factor
 from frankenstein.training.settings import LoopSettings
-from frankenstein.training.telemetry import COLUMNS, GRADIENT_COLUMNS, StepLog, gradient_columns, memory_columns, now
+from frankenstein.training.step_log import StepLog
+from frankenstein.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
-_HISTORY_ROWS = 1000
-_COUNTS = ("terms", "tokens")  # values of a loss that are counts: summed over micro-batches, not averaged
-
-
-@dataclass(frozen=True)
-class _Record:
-    """One step's values while they are still on the device."""
-
-    step: int
-    learning_rate: float
-    values: dict[str, Tensor]
 
 
 class Trainer:
@@ -51,6 +47,8 @@ class Trainer:
         fingerprint: a digest of everything that determines the result.
         log_path: CSV step log; None keeps none.
         label: what runs, in messages.
+    Raises:
+        FrankensteinError: when the settings ask for telemetry that the model or the machine does not have.
     """
 
     def __init__(
@@ -66,34 +64,46 @@ class Trainer:
         label: str,
     ) -> None:
         self.model, self.optimizer, self.objective, self.settings = model, optimizer, objective, settings
-        self.log_path, self.label = log_path, label
-        self.checkpoints = Checkpoints(Path(resume_dir) / fingerprint, rolling=settings.max_rolling_checkpoints)
-        self.state = RunState()
-        self._device = next(model.parameters()).device
+        self.log_path = log_path
+        device = next(model.parameters()).device
+        self.precision = Precision(device, amp=settings.amp, dtype=settings.amp_dtype)
+        self.checkpoints = Checkpoints(
+            Path(resume_dir) / fingerprint,
+            rolling=settings.max_rolling_checkpoints,
+            epochs=settings.max_epoch_checkpoints,
+        )
+        trained = Trained(model, optimizer, self.precision.scaler)
+        self._run = Run(label, trained, objective, settings, self.precision, self.checkpoints)
+        self._recovery = Recovery(self._run)
+        self._telemetry = Telemetry(model, settings, self.precision)
         self._base_lr = [group["lr"] for group in optimizer.param_groups]
-        self._pending: list[_Record] = []
-        self._batch: Any = None
-        self._clock = 0.0
-        self._history_every = math.ceil(settings.steps / _HISTORY_ROWS)
+        # A method that averages its weights does what a schedule is for; a schedule on top would undo it.
+        self._schedule = "constant" if isinstance(optimizer, Averaging) else settings.scheduler_type
+
+    @property
+    def label(self) -> str:
+        """What runs, in messages."""
+        return self._run.label
+
+    @property
+    def state(self) -> RunState:
+        """Where the run is."""
+        return self._run.state
 
     def run(self) -> list[dict[str, Any]]:
-        """Train to the last step, from the newest checkpoint if there is one.
+        """Train to the last step or to the end of a budget, from the newest checkpoint if there is one.
 
+        Afterwards the model holds the result: the averaged weights, where the optimizer averages.
         Returns: rows {step, loss, learning_rate, grad_norm, ...} of finished steps (counted from 1), at most about 1000
         evenly spaced ones and every validated one, which also has valid_<name>; a value that is not finite is None.
         Raises:
             TrainingStopped: when more than `max_nan_retries` steps were unstable; an emergency checkpoint is kept.
+            CheckpointError: when a checkpoint cannot be written; the earlier ones are kept.
         """
         settings = self.settings
-        seed_generators(settings.seed)
-        resumed = self.checkpoints.restore(self.model, self.optimizer)
-        if resumed is not None:
-            logger.info("%s: resumed at step %d of %d", self.label, resumed.step, settings.steps)
-        self.state = resumed or RunState()
-        self.checkpoints.keep_best(self.state)
-        columns = COLUMNS + GRADIENT_COLUMNS if settings.log_gradient_stats else COLUMNS
+        self._start()
         done = self.state.step
-        log = StepLog(self.log_path, columns, done=done, rotate=settings.csv_rotate_on_schema_change)
+        log = StepLog(self.log_path, self._telemetry.columns, done=done, rotate=settings.csv_rotate_on_schema_change)
         batches = batch_stream(
             self.objective.batch,
             first_step=done,
@@ -103,181 +113,130 @@ class Trainer:
         )
         progress = Progress(self.label, total=settings.steps, done=done, every=settings.telemetry_log_interval)
         with closing(batches), progress:
+            self._readings = Readings(
+                settings, self.state, self.precision.device, log=log, progress=progress, telemetry=self._telemetry
+            )
+            self._began = time.perf_counter() - self.state.seconds
             self.model.train()
-            self._clock = time.perf_counter()
-            while self.state.step < settings.steps:
-                self._step(batches, log, progress)
+            while not self.state.ended_by:
+                self._step(batches)
                 self._after_step()
+        self._end()
         return self.state.history
 
     def finish(self) -> None:
-        """Remove the checkpoints, once the result has been written."""
+        """Remove the checkpoints, once the result has been written; an emergency checkpoint stays."""
         self.checkpoints.remove()
 
+    def _start(self) -> None:
+        seed_generators(self.settings.seed)
+        resumed = self.checkpoints.restore(self._run.trained)
+        state = self._run.state = resumed or RunState()
+        state.ended_by = state.ended_by or self.settings.ended_by(state.step, state.tokens, state.seconds)
+        if resumed is not None:
+            logger.info("%s: resumed at step %d of %d", self.label, resumed.step, self.settings.steps)
+        self.checkpoints.keep_best(state)
+        if self._schedule != self.settings.scheduler_type:
+            name = type(self.optimizer).__name__
+            logger.info("%s: %s keeps its learning rate; scheduler_type is not applied", self.label, name)
+
+    def _end(self) -> None:
+        state, settings = self.state, self.settings
+        if isinstance(self.optimizer, Averaging):
+            self.optimizer.eval()
+        if state.ended_by != "steps":
+            limit = {"max_tokens": settings.max_tokens, "max_seconds": settings.max_seconds}[state.ended_by]
+            logger.info(
+                "%s: %s of %s used up: ended at step %d of %d, after %d tokens",
+                self.label, state.ended_by, limit, state.step, settings.steps, state.tokens,
+            )  # fmt: skip
+
     def _due(self, every: int) -> bool:
-        return self.state.step % every == 0 or self.state.step == self.settings.steps
+        return self.state.step % every == 0 or bool(self.state.ended_by)
+
+    def _epoch_due(self, done: int) -> bool:
+        return self.settings.max_epoch_checkpoints != 0 and self.settings.ends_epoch(done)
 
     def _must_read(self, done: int) -> bool:
         """Whether the values on the device are read after this step; reading waits for the device."""
         s = self.settings
         intervals = (s.nan_check_interval, s.eval_every_n_steps, s.checkpoint_every_n_steps)
-        return done == s.steps or any(done % every == 0 for every in intervals)
+        return self._epoch_due(done) or any(done % every == 0 for every in intervals)
 
-    def _step(self, batches: Iterator[Any], log: StepLog, progress: Progress) -> None:
+    def _step(self, batches: Iterator[Any]) -> None:
         """One optimizer step of algorithm 1; an unstable one changes no weight."""
-        step = self.state.step
+        step, settings, state = self.state.step, self.settings, self.state
+        generators = torch_generators()
         learning_rate = self._set_learning_rate(step)
         self.objective.begin_step(self.model, step)
         self.optimizer.zero_grad(set_to_none=True)
-        values = self._accumulate(batches)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norms = clip_gradients(parameters, self.settings.grad_clip_max_norm)
-        bad = unstable(values["loss"], norms, self.settings.inf_post_clip_threshold)
-        values |= {"grad_norm": norms.after, "grad_norm_before_clip": norms.before, "unstable": bad}
-        if self.settings.log_gradient_stats and (step + 1) % self.settings.gradient_log_interval == 0:
-            values |= gradient_columns(gradients)
-        self._pending.append(_Record(step + 1, learning_rate, values))
+        per_step = settings.gradient_accumulation_steps
+        values = accumulate(
+            self.model, islice(batches, per_step), self._run.loss(step), self.precision, single=per_step == 1
+        )
+        tokens, terms = (int(values.get(name, 0)) for name in ("tokens", "terms"))
+        gradients, values = self._clip(step + 1, values)
+        self._readings.add(Record(step + 1, learning_rate, values, generators))
+        seconds = time.perf_counter() - self._began
+        ended_by = settings.ended_by(step + 1, state.tokens + tokens, seconds)
         skip = False
-        if self._must_read(step + 1):
-            skip = self._read(log, progress)
+        if ended_by or self._must_read(step + 1):
+            skip = self._recovery.after_reading(self._readings.read(last=bool(ended_by)))
         else:  # not read back: a bad gradient becomes zero, so that no weight turns NaN before the next check
             for gradient in gradients:
-                gradient.masked_fill_(bad, 0.0)
+                gradient.masked_fill_(values["skipped"], 0.0)
         if not skip:
-            self.optimizer.step()
-        self.state.step = step + 1
+            self._run.update(step, terms)
+        state.step, state.tokens, state.seconds, state.ended_by = step + 1, state.tokens + tokens, seconds, ended_by
 
     def _set_learning_rate(self, step: int) -> float:
         """Scale every group's base rate; returns the largest."""
         s = self.settings
-        factor = lr_factor(step, total_steps=s.steps, warmup_ratio=s.warmup_ratio, kind=s.scheduler_type)
+        factor = lr_factor(step, total_steps=s.steps, warmup_ratio=s.warmup_ratio, kind=self._schedule)
         for group, base in zip(self.optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * factor
         return max(self._base_lr) * factor
 
-    def _accumulate(self, batches: Iterator[Any]) -> dict[str, Tensor]:
-        """Gradients of the mean loss over all micro-batches of a step, and the values of that step."""
-        if self.settings.gradient_accumulation_steps == 1:
-            loss, values = self._micro_batch(batches)
-            loss.backward()
-            return {**values, "loss": loss.detach()}
-        sums: dict[str, Tensor] = {}
-        total = torch.zeros((), device=self._device)
-        for _ in range(self.settings.gradient_accumulation_steps):
-            loss, values = self._micro_batch(batches)
-            weight = values.get("terms", torch.ones((), device=self._device))
-            (loss * weight).backward()
-            total = total + weight
-            for name, value in {**values, "loss": loss.detach()}.items():
-                sums[name] = sums.get(name, 0) + (value if name in _COUNTS else value * weight)
-        total = total.clamp(min=1.0)
-        for p in self.model.parameters():
-            if p.grad is not None:
-                p.grad.div_(total)
-        return {name: value if name in _COUNTS else value / total for name, value in sums.items()}
-
-    def _micro_batch(self, batches: Iterator[Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        self._batch = next(batches)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.settings.amp):
-            return self.objective.loss(self.model, self._batch)
-
-    def _read(self, log: StepLog, progress: Progress) -> bool:
-        """Read the pending values from the device, log them, count unstable steps; whether the last one was."""
-        records, self._pending = self._pending, []
-        numbers = iter(self._to_host([v for r in records for v in r.values.values()]))
-        rows = [dict(zip(record.values, numbers, strict=False)) for record in records]
-        seconds = time.perf_counter() - self._clock
-        tokens_per_s = sum(row.get("tokens", 0.0) for row in rows) / max(seconds, 1e-9)
-        for record, row in zip(records, rows, strict=True):
-            self._log_row(log, record, row, tokens_per_s)
-            self._remember(record, row)
-            if row["unstable"]:
-                self._count_unstable(record.step, row)
-        shown = {"loss": rows[-1]["loss"], "lr": records[-1].learning_rate, "tokens/s": tokens_per_s}
-        progress.update(records[-1].step, shown)
-        self._clock = time.perf_counter()
-        return bool(rows[-1]["unstable"])
-
-    def _to_host(self, values: list[Tensor]) -> list[float]:
-        numbers: list[float] = torch.stack([v.to(self._device, torch.float64) for v in values]).tolist()
-        return numbers
-
-    def _log_row(self, log: StepLog, record: _Record, row: dict[str, float], tokens_per_s: float) -> None:
-        per_epoch = self.settings.steps_per_epoch
-        epoch, within = divmod(record.step - 1, per_epoch) if per_epoch else (0, record.step - 1)
-        terms = row.get("terms")
-        extra = {
-            "timestamp": now(),
-            "epoch": epoch,
-            "step": within + 1,
-            "global_step": record.step,
-            "learning_rate": record.learning_rate,
-            "scaler_scale": 1.0,
-            "tokens_per_s": tokens_per_s,
-            "masked_tokens": None if terms is None else int(terms),
-        }
-        heavy = memory_columns(self._device) if record.step % self.settings.telemetry_log_interval == 0 else {}
-        log.write({**row, **heavy, **extra})
-
-    def _remember(self, record: _Record, row: dict[str, float]) -> None:
-        """Put a step into the history, if it belongs there."""
-        step, s = record.step, self.settings
-        if step % self._history_every == 0 or step % s.eval_every_n_steps == 0 or step == s.steps:
-            kept: dict[str, Any] = {"step": step, "learning_rate": record.learning_rate}
-            kept |= {name: _finite(row[name]) for name in ("loss", "accuracy", "grad_norm") if name in row}
-            self.state.history.append(kept)
-
-    def _count_unstable(self, step: int, row: dict[str, float]) -> None:
-        self.state.unstable += 1
-        budget = self.settings.max_nan_retries
-        logger.warning(
-            "%s: step %d is unstable (loss %g, gradient norm %g) and was skipped; %d of %d allowed",
-            self.label, step, row["loss"], row["grad_norm_before_clip"], self.state.unstable, budget,
-        )  # fmt: skip
-        if self.state.unstable > budget:
-            self._stop(step, row)
-
-    def _stop(self, step: int, row: dict[str, float]) -> NoReturn:
-        """Keep the state for a look at it, and end the run."""
-        notes = failure_notes(self.model, self.optimizer, self._batch, {"step": step, **row})
-        path = self.checkpoints.save("emergency", self.model, self.optimizer, self.state, notes)
-        names = ", ".join(first_bad_parameters(self.model)) or "none"
-        raise TrainingStopped(
-            f"{self.label}: training stopped at step {step}: loss {row['loss']:g}, "
-            f"gradient norm {row['grad_norm_before_clip']:g} ({row['grad_norm']:g} after clipping); "
-            f"{self.state.unstable} unstable steps, max_nan_retries allows {self.settings.max_nan_retries}. "
-            f"First bad parameters: {names}. "
-            f"State before the step and notes.json: {path}"
-        )
+    def _clip(self, done: int, values: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Unscale and clip the gradients; returns them, and the values with norms and statistics added."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        values = values | self.precision.unscale(self.optimizer)
+        norms = clip_gradients(parameters, self.settings.grad_clip_max_norm)
+        bad = unstable(values["loss"], norms, self.settings.inf_post_clip_threshold)
+        trouble = bad & ~(values["overflow"] & torch.isfinite(values["loss"])) if self.precision.scaled else bad
+        values |= {"grad_norm": norms.after, "grad_norm_before_clip": norms.before, "skipped": bad, "unstable": trouble}
+        return gradients, values | self._telemetry.gradients(done, gradients)
 
     def _after_step(self) -> None:
-        """Validation, best and rolling checkpoints, where they are due."""
-        if self._due(self.settings.eval_every_n_steps):
+        """Validation, and the checkpoints that are due."""
+        settings, state = self.settings, self.state
+        validate, rolling = self._due(settings.eval_every_n_steps), self._due(settings.checkpoint_every_n_steps)
+        epoch = self._epoch_due(state.step)
+        if not (validate or rolling or epoch):
+            return
+        self._recovery.before_saving()
+        if validate:
             self._validate()
-        if self._due(self.settings.checkpoint_every_n_steps):
-            self.checkpoints.save("rolling", self.model, self.optimizer, self.state)
-            self._clock = time.perf_counter()
+        for tier, due in (("epoch", epoch), ("rolling", rolling)):
+            if due:
+                self.checkpoints.save(tier, self._run.trained, state)
+        self._readings.restart_clock()
 
     def _validate(self) -> None:
         self.model.eval()
-        with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self.settings.amp):
+        with torch.no_grad(), self.precision.autocast(), averaged_weights(self.optimizer):
             values = self.objective.validate(self.model)
         self.model.train()
-        self._clock = time.perf_counter()
         if not values:
             return
-        logger.info(
-            "%s: step %d: %s", self.label, self.state.step, " ".join(f"valid_{k} {v:.4f}" for k, v in values.items())
-        )
-        self.state.history[-1].update({f"valid_{name}": _finite(value) for name, value in values.items()})
+        state = self.state
+        shown = " ".join(f"valid_{name} {value:.4f}" for name, value in values.items())
+        logger.info("%s: step %d: %s", self.label, state.step, shown)
+        state.history[-1].update({f"valid_{name}": finite(value) for name, value in values.items()})
         loss = values.get("loss", math.nan)
-        ranked = sorted([*self.state.best, [loss, self.state.step]])[: self.settings.num_best_checkpoints]
-        if math.isfinite(loss) and [loss, self.state.step] in ranked:
-            self.checkpoints.save("best", self.model, self.optimizer, self.state)
-            self.state.best = ranked
-            self.checkpoints.keep_best(self.state)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        ranked = sorted([*state.best, [loss, state.step]])[: self.settings.num_best_checkpoints]
+        if math.isfinite(loss) and [loss, state.step] in ranked:
+            self.checkpoints.save("best", self._run.trained, state)
+            state.best = ranked
+            self.checkpoints.keep_best(state)

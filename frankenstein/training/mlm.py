@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from frankenstein.text.masking import MaskingRule, mask_rows
 from frankenstein.text.order import batch_indices
 from frankenstein.text.shards import TokenRows
-from frankenstein.training.loop import Objective
+from frankenstein.training.objective import Objective
+from frankenstein.training.row_origins import RowOrigins
 
 # Validation masks do not depend on the run's seed: runs with different seeds are compared on the same positions.
 VALIDATION_SEED = 20_260_101
+_SAMPLING = 3  # keeps the draws of sampled labels apart from those of order and masking with the same seed
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class MlmBatch:
     positions: Tensor  # (N,) int64, into the flattened (B * T)
     labels: Tensor  # (N,) int64
     tokens: int  # real tokens
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "MlmBatch":
+        """The batch whose fields an emergency folder holds by name."""
+        names = ("inputs", "positions", "labels")
+        return cls(**{name: tensors[name] for name in names}, real=tensors.get("real"), tokens=int(tensors["tokens"]))
 
 
 def make_batch(rows: NDArray[np.int64], rule: MaskingRule, pad_id: int, *, seed: int, step: int) -> MlmBatch:
@@ -45,22 +53,64 @@ def make_batch(rows: NDArray[np.int64], rule: MaskingRule, pad_id: int, *, seed:
     )
 
 
-def mlm_loss(model: Any, batch: MlmBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropy and accuracy over the chosen positions; the head sees only those. No position gives loss 0.
+def chosen_logits(model: Any, batch: MlmBatch) -> Tensor:
+    """Logits (N, V) at the chosen positions; the head sees only those. The batch is moved to the model's device.
 
     Args:
-        model: an encoder; called as model(inputs, mask), with `mlm_logits`. The batch is moved to its device.
+        model: an encoder; called as model(inputs, mask), with `mlm_logits`.
     """
     device = next(model.parameters()).device
     real = None if batch.real is None else batch.real.to(device, non_blocking=True)
     hidden = model(batch.inputs.to(device, non_blocking=True), real)
-    labels = batch.labels.to(device, non_blocking=True)
-    logits = model.mlm_logits(hidden.flatten(0, 1).index_select(0, batch.positions.to(device, non_blocking=True)))
+    rows = hidden.flatten(0, 1).index_select(0, batch.positions.to(device, non_blocking=True))
+    logits: Tensor = model.mlm_logits(rows)
+    return logits
+
+
+def mlm_loss(model: Any, batch: MlmBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross-entropy and accuracy over the chosen positions. No position gives loss 0."""
+    logits = chosen_logits(model, batch)
+    labels = batch.labels.to(logits.device, non_blocking=True)
+    return _mean_cross_entropy(logits, labels), mlm_values(logits, labels, batch)
+
+
+def mlm_values(logits: Tensor, labels: Tensor, batch: MlmBatch) -> dict[str, Tensor]:
+    """What is logged of a batch: accuracy, and the counts of predicted positions and of tokens, on the CPU."""
     count = len(batch.labels)
-    loss = F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, count)
     correct = (logits.detach().argmax(-1) == labels).sum()
-    values = {"accuracy": correct / max(1, count), "terms": torch.tensor(count), "tokens": torch.tensor(batch.tokens)}
-    return loss, values
+    return {"accuracy": correct / max(1, count), "terms": torch.tensor(count), "tokens": torch.tensor(batch.tokens)}
+
+
+def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, len(labels))
+
+
+def training_loss(model: nn.Module, batch: MlmBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross-entropy over the chosen positions, plus the encoder's auxiliary losses."""
+    loss, values = mlm_loss(model, batch)
+    auxiliary: dict[str, Tensor] = model.losses()  # type: ignore[operator]
+    return loss + sum(auxiliary.values()), values
+
+
+def sampled_loss(model: nn.Module, batch: MlmBatch, seed: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross-entropy of labels drawn from the model's own softmax; its squared gradient estimates the Hessian.
+
+    Source: Gauss-Newton-Bartlett estimator, Liu et al. 2023 (Sophia), algorithm 2, https://arxiv.org/abs/2305.14342.
+    The auxiliary losses are no likelihood and stay out.
+    Args:
+        seed: what is drawn depends on it alone (and on the kind of device).
+    Returns:  the loss, and the values of the true labels, "loss" among them.
+    """
+    logits = chosen_logits(model, batch)
+    generator = torch.Generator(logits.device)
+    generator.manual_seed(int(np.random.SeedSequence([_SAMPLING, *seed]).generate_state(1, np.uint64)[0] >> 1))
+    with torch.no_grad():
+        # The largest p / e with e exponential is a draw from p (Gumbel's trick).
+        noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
+        drawn = (logits.float().softmax(-1) / noise).argmax(-1)
+        labels = batch.labels.to(logits.device, non_blocking=True)
+        values = {"loss": _mean_cross_entropy(logits, labels), **mlm_values(logits, labels, batch)}
+    return _mean_cross_entropy(logits, drawn), values
 
 
 class MlmObjective(Objective):
@@ -72,9 +122,10 @@ class MlmObjective(Objective):
         batch_size: rows in a micro-batch.
         accumulation: micro-batches in a step.
         eval_batches: most batches in one validation, from the first rows on.
+        origins: tells where the training rows come from, for the notes on a step that went wrong.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  every part by its name
         self,
         train: TokenRows,
         valid: TokenRows,
@@ -85,9 +136,10 @@ class MlmObjective(Objective):
         batch_size: int,
         accumulation: int = 1,
         eval_batches: int = 8,
+        origins: RowOrigins | None = None,
     ) -> None:
         self.train, self.rule, self.pad_id, self.seed = train, rule, pad_id, seed
-        self.batch_size, self.accumulation = batch_size, accumulation
+        self.batch_size, self.accumulation, self.origins = batch_size, accumulation, origins
         count = min(valid.num_rows, eval_batches * batch_size)
         self.validation = [
             make_batch(valid.take(np.arange(i, min(i + batch_size, count))), rule, pad_id, seed=VALIDATION_SEED, step=i)
@@ -96,15 +148,34 @@ class MlmObjective(Objective):
 
     def batch(self, step: int, micro: int) -> MlmBatch:
         """The masked batch of a step's micro-batch."""
-        index = step * self.accumulation + micro
-        rows = self.train.take(batch_indices(self.train.num_rows, self.batch_size, seed=self.seed, step=index))
-        return make_batch(rows, self.rule, self.pad_id, seed=self.seed, step=index)
+        rows = self.train.take(self._rows(step, micro))
+        return make_batch(rows, self.rule, self.pad_id, seed=self.seed, step=self._index(step, micro))
+
+    def _index(self, step: int, micro: int) -> int:
+        return step * self.accumulation + micro
+
+    def _rows(self, step: int, micro: int) -> NDArray[np.int64]:
+        index = self._index(step, micro)
+        return batch_indices(self.train.num_rows, self.batch_size, seed=self.seed, step=index)
 
     def loss(self, model: nn.Module, batch: MlmBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over the chosen positions, plus the encoder's auxiliary losses."""
-        loss, values = mlm_loss(model, batch)
-        auxiliary: dict[str, Tensor] = model.losses()  # type: ignore[operator]
-        return loss + sum(auxiliary.values()), values
+        return training_loss(model, batch)
+
+    def sampled_loss(
+        self, model: nn.Module, batch: MlmBatch, seed: tuple[int, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss whose squared gradient estimates the Hessian."""
+        return sampled_loss(model, batch, seed)
+
+    def origin(self, step: int, micro: int) -> list[dict[str, Any]]:
+        """Row, shard, documents and text of every row of a micro-batch."""
+        rows = self._rows(step, micro)
+        return [{"row": int(row)} for row in rows] if self.origins is None else self.origins.describe(rows)
+
+    def recipe(self) -> dict[str, Any]:
+        """The loss needs nothing but the model."""
+        return {"kind": "mlm"}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Loss and accuracy over all chosen positions of the fixed batches."""

@@ -41,7 +41,9 @@ class TrainingOptions:
     prefer_local_cache: bool = option(True, "Use local_parquet_dir instead of the hub when it has data.")
     stream_local_parquet: bool = option(True, "Read parquet in batches instead of whole files.")
     use_amp: bool = option(False, "Mixed precision: autocast to amp_dtype.")
-    amp_dtype: str = option("bfloat16", "Autocast type.", enum=["bfloat16", "float16"], not_built={"const": "float16"})
+    amp_dtype: str = option(
+        "bfloat16", "Autocast type; float16 scales the loss (GradScaler).", enum=["bfloat16", "float16"]
+    )
     gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", minimum=1)
     optimizer: OptimizerOptions = option(OptimizerOptions, "Optimizer and its parameters.")
     scheduler_total_steps: int = option(300, "Optimizer steps of the run, and horizon of the schedule.", minimum=1)
@@ -54,9 +56,17 @@ class TrainingOptions:
         enum=["cosine", "constant", "linear_warmup_then_constant"],
     )
     max_seconds: float | None = option(
-        None, "Wall-clock budget in seconds.", exclusiveMinimum=0.0, not_built={"type": "number"}
+        None,
+        "Seconds of training, resumed parts included, after which pretraining ends with the running step; "
+        "the result then depends on the machine's speed. The schedule keeps its horizon.",
+        exclusiveMinimum=0.0,
     )
-    max_tokens: int | None = option(None, "Token budget.", minimum=1, not_built={"type": "integer"})
+    max_tokens: int | None = option(
+        None,
+        "Pretraining ends with the first step that brings the tokens trained on (without padding) to this number; "
+        "the schedule keeps its horizon.",
+        minimum=1,
+    )
     grad_clip_max_norm: float = option(
         1.0, "Global gradient norm is clipped to this; 0 turns clipping off.", minimum=0.0
     )
@@ -65,11 +75,18 @@ class TrainingOptions:
         "A gradient norm above this after clipping counts as an instability; 0 turns the check off.",
         minimum=0.0,
     )
-    max_nan_retries: int = option(3, "Unstable steps that are skipped before training stops.", minimum=0)
+    max_nan_retries: int = option(
+        3,
+        "Unstable steps that are skipped, or undone by going back to a checkpoint's weights, before training stops.",
+        minimum=0,
+    )
     eval_every_n_steps: int = option(100, "Optimizer steps between validation losses.", minimum=1)
     eval_batches: int = option(8, "Most batches in one validation loss; their masks never change.", minimum=1)
     checkpoint_every_n_steps: int = option(100, "Optimizer steps between rolling checkpoints.", minimum=1)
     max_rolling_checkpoints: int = option(2, "Rolling checkpoints kept.", minimum=1)
+    max_epoch_checkpoints: int | None = option(
+        None, "Checkpoints of epoch ends kept; null keeps all, 0 writes none.", minimum=0
+    )
     num_best_checkpoints: int = option(1, "Best checkpoints kept, by validation loss.", minimum=1)
     nan_check_interval: int = option(1, "Steps between checks for NaN and Inf.", minimum=1)
     log_gradient_stats: bool = option(False, "Write gradient statistics to the CSV log.")
@@ -79,12 +96,14 @@ class TrainingOptions:
     )
     csv_rotate_on_schema_change: bool = option(True, "Start a new file when the log's columns change.")
     gpu_metrics_backend: str = option(
-        "none", "Source of GPU telemetry.", enum=["nvml", "none"], not_built={"const": "nvml"}
+        "none", "Source of the GPU's load, memory, temperature and power.", enum=["nvml", "none"]
     )
-    nvml_device_index: int = option(0, "GPU that telemetry reads.", minimum=0)
-    enable_block_grad_norms: bool = option(False, "Log the gradient norm of every block.", not_built={"const": True})
-    telemetry_log_interval: int = option(50, "Optimizer steps between heavy telemetry.", minimum=1)
-    use_galore: bool = option(False, "Wrap the matrix optimizer in GaLore.", not_built={"const": True})
+    nvml_device_index: int = option(0, "GPU that nvml reads, by the driver's numbering.", minimum=0)
+    enable_block_grad_norms: bool = option(False, "Log the gradient norm of every block, after clipping.")
+    telemetry_log_interval: int = option(
+        50, "Optimizer steps between heavy telemetry: memory, MFU, block gradient norms, nvml.", minimum=1
+    )
+    use_galore: bool = option(False, "Wrap the optimizer in GaLore: it steps large matrices at low rank.")
     galore_rank: int = option(128, "Rank of the GaLore projection.", minimum=1)
     galore_update_interval: int = option(200, "Steps between refreshes of the projection.", minimum=1)
     galore_scale: float = option(0.25, "Scale of the projected step.", minimum=0.0)

@@ -24,9 +24,11 @@ from frankenstein.runtime import best_device, prepare_torch
 from frankenstein.text.masking import MaskingRule
 from frankenstein.text.shards import TokenRows
 from frankenstein.text.tokenizer import Tokenizer
+from frankenstein.training.checkpoints import RunState
 from frankenstein.training.loop import LoopSettings, Trainer
 from frankenstein.training.mlm import MlmObjective
 from frankenstein.training.options import TrainingOptions
+from frankenstein.training.row_origins import RowOrigins
 
 logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -50,6 +52,8 @@ def pretrain(  # noqa: PLR0913  the stage's options and paths, each by its name
 ) -> dict[str, Any]:
     """Train an encoder and write its artifact, metrics and curve; an interrupted run goes on from its checkpoint.
 
+    max_tokens and max_seconds may end it before scheduler_total_steps; "ended_by" in the metrics says which limit did.
+
     Args:
         threads: CPU threads; the weights' bits depend on it.
         tokens, tokenizer: artifacts of the text room.
@@ -65,7 +69,7 @@ def pretrain(  # noqa: PLR0913  the stage's options and paths, each by its name
     train, valid = TokenRows.open(tokens, "train"), TokenRows.open(tokens, "valid")
     _check_inputs(tokens, train, words, training_options.max_length)
     encoder = _build(model_options, words.vocab_size, training_options.max_length, seed)
-    objective = mlm_objective(words, train, valid, training_options, seed)
+    objective = mlm_objective(words, train, valid, training_options, seed, RowOrigins(tokens, "train", words))
     rows_per_step = training_options.batch_size * training_options.gradient_accumulation_steps
     trainer = Trainer(
         encoder,
@@ -82,9 +86,7 @@ def pretrain(  # noqa: PLR0913  the stage's options and paths, each by its name
         label="pretrain",
     )
     history = trainer.run()
-    summary = _summary(
-        history, encoder, tokens=training_options.scheduler_total_steps * rows_per_step * train.max_length
-    )
+    summary = _summary(history, encoder, trainer.state)
     bitnet = bitnet_config(encoder)
     save_encoder(encoder.cpu(), out, tokenizer=words.model_bytes, max_length=training_options.max_length, bitnet=bitnet)
     write_json(metrics, summary)
@@ -113,7 +115,7 @@ def _build(options: ModelOptions, vocab_size: int, max_length: int, seed: int) -
 
 
 def mlm_objective(
-    words: Tokenizer, train: TokenRows, valid: TokenRows, options: TrainingOptions, seed: int
+    words: Tokenizer, train: TokenRows, valid: TokenRows, options: TrainingOptions, seed: int, origins: RowOrigins
 ) -> MlmObjective:
     """The masked-language-model objective over packed rows, with the masks that the options and the seed give."""
     rule = MaskingRule(
@@ -132,6 +134,7 @@ def mlm_objective(
         batch_size=options.batch_size,
         accumulation=options.gradient_accumulation_steps,
         eval_batches=options.eval_batches,
+        origins=origins,
     )
 
 
@@ -149,14 +152,15 @@ def fingerprint(values: dict[str, Any], *artifacts: Path) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _summary(history: list[dict[str, Any]], encoder: Encoder, *, tokens: int) -> dict[str, Any]:
-    """The deterministic numbers of a run, rounded to 6 digits."""
+def _summary(history: list[dict[str, Any]], encoder: Encoder, state: RunState) -> dict[str, Any]:
+    """The numbers of a run, rounded to 6 digits; deterministic but where max_seconds ended it."""
     losses = [row["loss"] for row in history if row["loss"] is not None][-_LAST:]
     summary: dict[str, Any] = {
         "train_loss": round(sum(losses) / len(losses), 6),
         "parameters": encoder.parameter_count(),
         "steps": history[-1]["step"],
-        "tokens": tokens,
+        "tokens": state.tokens,
+        "ended_by": state.ended_by,
     }
     last = history[-1]
     if last.get("valid_loss") is not None:

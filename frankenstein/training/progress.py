@@ -16,7 +16,7 @@ class Progress:
         label: what runs.
         total: steps in all.
         done: steps that an earlier run has finished.
-        every: steps between plain lines; the last step always has one.
+        every: steps between plain lines; the last one always has one.
     """
 
     def __init__(self, label: str, *, total: int, done: int, every: int) -> None:
@@ -33,11 +33,11 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, step: int, values: dict[str, float]) -> None:
-        """Show that `step` steps are done; `values` are printed with 4 digits."""
+    def update(self, step: int, values: dict[str, float], *, last: bool = False) -> None:
+        """Show that `step` steps are done (`last`: and no more follow); `values` are printed with 4 digits."""
         shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
             self._bar.update(step - self._bar.n)
-        elif step % self.every == 0 or step == self.total:
+        elif last or step % self.every == 0 or step == self.total:
             logger.info("%s: step %d/%d %s", self.label, step, self.total, shown)

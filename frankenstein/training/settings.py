@@ -1,6 +1,6 @@
 """How a training loop runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from frankenstein.training.options import TrainingOptions
 
@@ -9,11 +9,14 @@ from frankenstein.training.options import TrainingOptions
 class LoopSettings:
     """How a loop runs; the fields mean what they mean in TrainingOptions.
 
-    `steps` counts optimizer steps, skipped ones too; `amp` autocasts to bfloat16; `steps_per_epoch` is only logged.
+    `steps` counts optimizer steps, skipped ones too; `amp` autocasts to `amp_dtype`; `steps_per_epoch` says where
+    epochs end, None that there are none.
     """
 
     steps: int
     seed: int = 0
+    max_tokens: int | None = None
+    max_seconds: float | None = None
     gradient_accumulation_steps: int = 1
     warmup_ratio: float = 0.1
     scheduler_type: str = "cosine"
@@ -24,11 +27,16 @@ class LoopSettings:
     eval_every_n_steps: int = 100
     checkpoint_every_n_steps: int = 100
     max_rolling_checkpoints: int = 2
+    max_epoch_checkpoints: int | None = None
     num_best_checkpoints: int = 1
     amp: bool = False
+    amp_dtype: str = "bfloat16"
     dataloader_workers: int = 0
     log_gradient_stats: bool = False
     gradient_log_interval: int = 10
+    gpu_metrics_backend: str = "none"
+    nvml_device_index: int = 0
+    enable_block_grad_norms: bool = False
     telemetry_log_interval: int = 50
     csv_rotate_on_schema_change: bool = True
     steps_per_epoch: int | None = None
@@ -38,25 +46,26 @@ class LoopSettings:
         cls, options: TrainingOptions, seed: int, *, steps_per_epoch: int | None = None
     ) -> "LoopSettings":
         """The settings that the training section asks for."""
+        own = {f.name for f in fields(cls)}
         return cls(
             steps=options.scheduler_total_steps,
             seed=seed,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
             warmup_ratio=options.scheduler_warmup_ratio,
-            scheduler_type=options.scheduler_type,
-            grad_clip_max_norm=options.grad_clip_max_norm,
-            inf_post_clip_threshold=options.inf_post_clip_threshold,
-            max_nan_retries=options.max_nan_retries,
-            nan_check_interval=options.nan_check_interval,
-            eval_every_n_steps=options.eval_every_n_steps,
-            checkpoint_every_n_steps=options.checkpoint_every_n_steps,
-            max_rolling_checkpoints=options.max_rolling_checkpoints,
-            num_best_checkpoints=options.num_best_checkpoints,
             amp=options.use_amp,
-            dataloader_workers=options.dataloader_workers,
-            log_gradient_stats=options.log_gradient_stats,
-            gradient_log_interval=options.gradient_log_interval,
-            telemetry_log_interval=options.telemetry_log_interval,
-            csv_rotate_on_schema_change=options.csv_rotate_on_schema_change,
             steps_per_epoch=steps_per_epoch,
+            **{name: value for name, value in vars(options).items() if name in own},
         )
+
+    def ended_by(self, step: int, tokens: int, seconds: float) -> str:
+        """Which limit these counts have reached: steps, max_tokens or max_seconds; empty while there is room."""
+        if step >= self.steps:
+            return "steps"
+        if self.max_tokens is not None and tokens >= self.max_tokens:
+            return "max_tokens"
+        if self.max_seconds is not None and seconds >= self.max_seconds:
+            return "max_seconds"
+        return ""
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch ends with this many finished steps."""
+        return self.steps_per_epoch is not None and step % self.steps_per_epoch == 0

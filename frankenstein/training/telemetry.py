@@ -1,93 +1,86 @@
-"""The step log: one CSV row an optimizer step, continued without duplicates by a resumed run.
+"""What the step log says about a run besides its losses: memory, throughput, gradients, the GPU.
 
-Times, throughput and memory stand only here, never in a tracked report.
+Times, throughput and memory stand only there, never in a tracked report.
 Source: TORMENTED-BERT-Frankenstein, section 8.4.2 (table 5).
 """
 
-import csv
-import io
 import resource
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from frankenstein.artifact import write_text
 from frankenstein.errors import FrankensteinError
+from frankenstein.training.flops import measured_peak, passed_entries
+from frankenstein.training.gpu_metrics import COLUMNS as GPU_COLUMNS
+from frankenstein.training.gpu_metrics import GpuMetrics
+from frankenstein.training.precision import Precision
+from frankenstein.training.settings import LoopSettings
 
 COLUMNS = (
     "timestamp", "epoch", "step", "global_step", "loss", "accuracy", "learning_rate", "grad_norm", "scaler_scale",
-    "gpu_memory_gb", "gpu_cached_gb", "tokens_per_s", "masked_tokens", "peak_memory_gb",
+    "gpu_memory_gb", "gpu_cached_gb", "tokens_per_s", "masked_tokens", "mfu", "peak_memory_gb",
 )  # fmt: skip
 GRADIENT_COLUMNS = ("grad_norm_before_clip", "grad_abs_mean", "grad_abs_max", "grad_zero_share")
 _GB = 1e9
 
 
-class StepLog:
-    """A CSV file with a fixed header; every row is on disk when `write` returns.
+class Telemetry:
+    """The columns that the settings ask for, and their values at the steps where they are due.
 
-    Args:
-        path: the file; None keeps no log.
-        columns: the header.
-        done: finished steps of the run; later rows in the file are dropped, and all rows when it is 0.
-        rotate: a file of other columns is moved to <name>.1.csv (or the next free number); False raises.
     Raises:
-        FrankensteinError: when the file has other columns and may not be moved.
+        FrankensteinError: where the settings ask for what the model or the machine does not have.
     """
 
-    def __init__(self, path: Path | None, columns: Sequence[str], *, done: int, rotate: bool) -> None:
-        self.path, self.columns = path, list(columns)
-        if path is None:
-            return
-        kept = self._rows_to_keep(path, done, rotate) if path.exists() else []
-        write_text(path, "".join(_line(row) for row in [self.columns, *kept]))
+    def __init__(self, model: nn.Module, settings: LoopSettings, precision: Precision) -> None:
+        self.settings, self.precision = settings, precision
+        self._blocks = _blocks(model) if settings.enable_block_grad_norms else []
+        self._gpu = GpuMetrics(settings.nvml_device_index) if settings.gpu_metrics_backend == "nvml" else None
+        self._passed = passed_entries(model)
 
-    def _rows_to_keep(self, path: Path, done: int, rotate: bool) -> list[list[str]]:
-        with path.open(encoding="utf-8", newline="") as stream:
-            header, *rows = [*csv.reader(stream)] or [[]]
-        if header and header != self.columns:
-            if not rotate:
-                raise FrankensteinError(
-                    f"{path}: has the columns {', '.join(header)}; expected {', '.join(self.columns)}. "
-                    "Move the file away, or set csv_rotate_on_schema_change: true"
-                )
-            path.rename(_free_name(path))
-            return []
-        at = self.columns.index("global_step")
-        whole = [row for row in rows if len(row) == len(self.columns) and row[at].isdigit()]
-        return [row for row in whole if int(row[at]) <= done]
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The header of the step log."""
+        gradients = GRADIENT_COLUMNS if self.settings.log_gradient_stats else ()
+        gpu = GPU_COLUMNS if self._gpu is not None else ()
+        return COLUMNS + gradients + tuple(_block_column(i) for i in range(len(self._blocks))) + gpu
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row; a column without a value stays empty, numbers have 7 digits."""
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8", newline="") as stream:
-                stream.write(_line([_text(row.get(name)) for name in self.columns]))
+    def gradients(self, step: int, gradients: list[Tensor]) -> dict[str, Tensor]:
+        """Statistics of the clipped gradients of step `step` (from 1), left on the device."""
+        values: dict[str, Tensor] = {}
+        if self.settings.log_gradient_stats and step % self.settings.gradient_log_interval == 0:
+            values |= gradient_columns(gradients)
+        if step % self.settings.telemetry_log_interval == 0:
+            values |= {_block_column(i): _norm(block) for i, block in enumerate(self._blocks)}
+        return values
 
-
-def _line(values: list[str]) -> str:
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerow(values)
-    return stream.getvalue()
+    def heavy(self, step: int, tokens_per_s: float, terms_per_s: float) -> dict[str, Any]:
+        """Memory, MFU and the GPU, at the steps where heavy telemetry is due."""
+        if step % self.settings.telemetry_log_interval:
+            return {}
+        values: dict[str, Any] = dict(memory_columns(self.precision.device))
+        if self._passed is not None:
+            peak = measured_peak(self.precision.device, self.precision.matmul_dtype)
+            values["mfu"] = self._passed.training_flops(tokens_per_s, terms_per_s) / peak
+        return values | (self._gpu.read() if self._gpu is not None else {})
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else f"{value:.7g}" if isinstance(value, float) else str(value)
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    blocks = dict(model.named_children()).get("blocks")
+    if not isinstance(blocks, nn.ModuleList):
+        raise FrankensteinError(
+            f"training.enable_block_grad_norms: {type(model).__name__} has no list of blocks; expected false"
+        )
+    return list(blocks)
 
 
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (moved := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    return moved
+def _block_column(index: int) -> str:
+    return f"grad_norm_block_{index}"
 
 
-def now() -> str:
-    """The time, ISO 8601, UTC, milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def _norm(block: nn.Module) -> Tensor:
+    return nn.utils.get_total_norm([p.grad for p in block.parameters() if p.grad is not None])
 
 
 def memory_columns(device: torch.device) -> dict[str, float]:

@@ -32,9 +32,10 @@ from frankenstein.runtime import best_device, prepare_torch
 from frankenstein.text.shards import TokenRows
 from frankenstein.text.tokenizer import Tokenizer
 from frankenstein.training.loop import LoopSettings, Objective, Trainer
-from frankenstein.training.mlm import MlmBatch, MlmObjective
+from frankenstein.training.mlm import MlmBatch, MlmObjective, chosen_logits, mlm_values
 from frankenstein.training.options import OptimizerOptions, TrainingOptions
 from frankenstein.training.pretrain import fingerprint, mlm_objective, write_curve
+from frankenstein.training.row_origins import RowOrigins
 
 logger = logging.getLogger(__name__)
 KIND = "quantized"
@@ -54,12 +55,15 @@ class TernaryObjective(Objective):
     Args:
         labels: gives batches and validation.
         parent: the teacher, in evaluation mode.
+        source: the teacher's artifact, for a replay.
         distillation_weight: share of the divergence in the loss; 0 never runs the parent.
         warmup_steps: steps until both strengths are 1.
     """
 
-    def __init__(self, labels: MlmObjective, parent: Encoder, distillation_weight: float, warmup_steps: int) -> None:
-        self.labels, self.parent = labels, parent
+    def __init__(
+        self, labels: MlmObjective, parent: Encoder, source: Path, *, distillation_weight: float, warmup_steps: int
+    ) -> None:
+        self.labels, self.parent, self.source = labels, parent, source
         self.distillation_weight, self.warmup_steps = distillation_weight, warmup_steps
 
     def batch(self, step: int, micro: int) -> MlmBatch:
@@ -72,23 +76,20 @@ class TernaryObjective(Objective):
 
     def loss(self, model: nn.Module, batch: MlmBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The blend of cross-entropy and divergence, means over the chosen positions; no position gives 0."""
-        count = max(1, len(batch.labels))
-        logits = _logits(model, batch)
-        labels = batch.labels.to(logits.device)
-        loss = F.cross_entropy(logits, labels, reduction="sum") / count
-        if self.distillation_weight > 0:
-            with torch.no_grad():
-                target = _logits(self.parent, batch).log_softmax(-1)
-            divergence = F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True) / count
-            loss = torch.lerp(loss, divergence, self.distillation_weight)
-        correct = (logits.detach().argmax(-1) == labels).sum()
-        values = {
-            "accuracy": correct / count,
-            "terms": torch.tensor(len(labels), device=logits.device),
-            "tokens": torch.tensor(batch.tokens, device=logits.device),
+        return finish_loss(model, self.parent, batch, self.distillation_weight)
+
+    def origin(self, step: int, micro: int) -> list[dict[str, Any]]:
+        """Where the rows of a micro-batch come from."""
+        return self.labels.origin(step, micro)
+
+    def recipe(self) -> dict[str, Any]:
+        """The teacher and how much it counts."""
+        return {
+            "kind": "ternary",
+            "parent": str(self.source.resolve()),
+            "distillation_weight": self.distillation_weight,
+            "warmup_steps": self.warmup_steps,
         }
-        auxiliary: dict[str, Tensor] = model.losses()  # type: ignore[operator]
-        return loss + sum(auxiliary.values()), values
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Loss and accuracy at full strength, whatever the step's strengths are: the model that would be packed."""
@@ -96,11 +97,21 @@ class TernaryObjective(Objective):
         return self.labels.validate(model)
 
 
-def _logits(model: Any, batch: MlmBatch) -> Tensor:
-    """Float32 logits (N, V) at the chosen positions."""
-    hidden = _hidden(model, batch)
-    logits: Tensor = model.mlm_logits(hidden.flatten(0, 1).index_select(0, batch.positions.to(hidden.device)))
-    return logits.float()
+def finish_loss(
+    model: nn.Module, parent: Encoder, batch: MlmBatch, distillation_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The blend of cross-entropy and divergence, plus the encoder's auxiliary losses; and the values to log."""
+    count = max(1, len(batch.labels))
+    logits = chosen_logits(model, batch).float()
+    labels = batch.labels.to(logits.device)
+    loss = F.cross_entropy(logits, labels, reduction="sum") / count
+    if distillation_weight > 0:
+        with torch.no_grad():
+            target = chosen_logits(parent, batch).float().log_softmax(-1)
+        divergence = F.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True) / count
+        loss = torch.lerp(loss, divergence, distillation_weight)
+    auxiliary: dict[str, Tensor] = model.losses()  # type: ignore[operator]
+    return loss + sum(auxiliary.values()), mlm_values(logits, labels, batch)
 
 
 def _hidden(model: nn.Module, batch: MlmBatch) -> Tensor:
@@ -144,7 +155,14 @@ def quantize_encoder(  # noqa: PLR0913  the stage's options and paths, each by i
         valid = {"full": _validate(objective, parent), "ptq": _validate(objective, latent)}
         values = {"quantize": plain(options), "training": plain(training_options), "seed": seed, "threads": threads}
         mark = fingerprint(values, tokens, encoder)
-        trainer = _trainer(latent, parent, objective, options, training_options, seed, resume, mark)
+        teaching = TernaryObjective(
+            objective,
+            parent,
+            encoder,
+            distillation_weight=options.distillation_weight,
+            warmup_steps=round(options.warmup_fraction * options.steps),
+        )
+        trainer = _trainer(latent, teaching, options, training_options, seed, resume, mark)
         history = trainer.run()
     set_strength(latent.cpu().eval(), 1.0, 1.0)
     if options.embeddings == "int8":
@@ -160,7 +178,8 @@ def quantize_encoder(  # noqa: PLR0913  the stage's options and paths, each by i
 
 def _labels(encoder: Path, tokens: Path, options: TrainingOptions, seed: int) -> MlmObjective:
     train, valid = TokenRows.open(tokens, "train"), TokenRows.open(tokens, "valid")
-    return mlm_objective(Tokenizer.load(encoder), train, valid, options, seed)
+    words = Tokenizer.load(encoder)
+    return mlm_objective(words, train, valid, options, seed, RowOrigins(tokens, "train", words))
 
 
 def _load(encoder: Path, options: QuantizeOptions) -> Encoder:
@@ -180,22 +199,24 @@ def _validate(objective: MlmObjective, model: nn.Module) -> dict[str, float]:
 
 def _trainer(
     latent: Encoder,
-    parent: Encoder,
-    labels: MlmObjective,
+    objective: TernaryObjective,
     options: QuantizeOptions,
     training_options: TrainingOptions,
     seed: int,
     resume: Path,
     mark: str,
 ) -> Trainer:
-    """The shared loop, set up for the finish; without weight decay, which would push weights over the thresholds."""
+    """The shared loop, set up for the finish: without weight decay, which would push weights over the thresholds.
+
+    The budgets are those of pretraining; quantize.steps says how long the finish is.
+    """
     adamw = OptimizerOptions(optimizer_class="adamw", parameters={"adamw-lr": options.lr, "adamw-wd": 0.0})
     settings = LoopSettings.from_training(training_options, seed)
     return Trainer(
         latent,
         build_optimizer(latent, adamw),
-        TernaryObjective(labels, parent, options.distillation_weight, round(options.warmup_fraction * options.steps)),
-        replace(settings, steps=options.steps, scheduler_type="cosine"),
+        objective,
+        replace(settings, steps=options.steps, scheduler_type="cosine", max_tokens=None, max_seconds=None),
         resume_dir=resume,
         fingerprint=mark,
         log_path=Path(training_options.csv_log_path).with_name("quantize.csv"),

@@ -77,6 +77,7 @@ def test_the_stage_writes_a_trained_encoder_and_its_reports(text: Path, tmp_path
 
     metrics = json.loads((tmp_path / "pretrain.json").read_text())
     assert metrics["parameters"] == encoder.parameter_count()
+    assert metrics["ended_by"] == "steps"
     assert metrics["steps"] == STEPS and metrics["tokens"] == STEPS * 8 * LENGTH
     assert metrics["valid_perplexity"] == pytest.approx(math.exp(metrics["valid_loss"]), rel=1e-5)
     assert metrics["valid_loss"] < math.log(400) - 0.5 and metrics["valid_accuracy"] > 0.02
@@ -87,6 +88,17 @@ def test_the_stage_writes_a_trained_encoder_and_its_reports(text: Path, tmp_path
     assert [row["step"] for row in curve if row["valid_loss"]] == ["20", "40"] and len(curve) == STEPS
     assert not (tmp_path / "resume").exists()
     assert len((tmp_path / "logs" / "pretrain.csv").read_text().splitlines()) == STEPS + 1
+
+
+def test_a_token_budget_ends_the_stage_with_a_whole_result(text: Path, tmp_path: Path) -> None:
+    run(params(tmp_path, max_tokens=10 * 8 * LENGTH - 1), text, tmp_path)
+    metrics = json.loads((tmp_path / "pretrain.json").read_text())
+    assert (metrics["ended_by"], metrics["steps"], metrics["tokens"]) == ("max_tokens", 10, 10 * 8 * LENGTH)
+    assert metrics["valid_loss"] < math.log(400) + 1 and load_encoder(tmp_path / "encoder").parameter_count()
+    with (tmp_path / "pretrain.csv").open(newline="") as stream:
+        last = list(csv.DictReader(stream))[-1]
+    assert last["step"] == "10" and last["valid_loss"]
+    assert not (tmp_path / "resume").exists()
 
 
 def test_an_interrupted_run_resumes_to_the_same_bytes(

@@ -5,17 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from frankenstein.artifact import open_folder
+from frankenstein.artifact import new_folder, open_folder
 from frankenstein.optimizers.adamw import AdamW
 from frankenstein.training.checkpoints import (
+    CheckpointError,
     Checkpoints,
+    Dump,
     RunState,
+    Trained,
     generator_states,
     restore_generators,
     seed_generators,
 )
-from tests.training.training_standin import Regression, build_net, trainer
+from frankenstein.training.guard import TrainingStopped
+from tests.training.training_standin import Regression, build_net, no_file_over, trainer
 
 
 def names(folder: Path) -> list[str]:
@@ -66,7 +71,7 @@ def test_a_checkpoint_is_an_artifact_that_loads_without_pickle(tmp_path: Path) -
     folder = tmp_path / "f" / "rolling-00000020"
     assert open_folder(folder, "checkpoint")["step"] == 20
     assert names(folder) == ["config.json", "manifest.json", "model.safetensors", "state.pt"]
-    assert set(torch.load(folder / "state.pt", weights_only=True)) == {"optimizer", "generators"}
+    assert set(torch.load(folder / "state.pt", weights_only=True)) == {"optimizer", "scaler", "generators"}
 
 
 @pytest.mark.parametrize("at", [3, 5, 12, 19])
@@ -137,17 +142,88 @@ def test_tied_weights_are_saved_and_restored(tmp_path: Path) -> None:
     net["b"].weight = net["a"].weight
     store = Checkpoints(tmp_path / "f", rolling=1)
     optimizer = AdamW(net.parameters())
-    store.save("rolling", net, optimizer, RunState(step=1))
+    trained = Trained(net, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    store.save("rolling", trained, RunState(step=1))
     want = net["a"].weight.detach().clone()
     with torch.no_grad():
         net["a"].weight.zero_()
-    restored = store.restore(net, optimizer)
+    restored = store.restore(trained)
     assert restored == RunState(step=1)
     assert torch.equal(net["b"].weight, want) and net["a"].weight is net["b"].weight
 
 
 def test_only_one_emergency_checkpoint_is_kept(tmp_path: Path) -> None:
     store, net = Checkpoints(tmp_path / "f", rolling=2), build_net()
+    trained = Trained(net, AdamW(net.parameters()), torch.amp.GradScaler("cpu", enabled=False))
+    dump = Dump(generator_states(), {"why": "test"}, lambda folder: None)
     for step in (1, 2):
-        store.save("emergency", net, AdamW(net.parameters()), RunState(step=step), {"why": "test"})
+        store.save("emergency", trained, RunState(step=step), dump)
     assert names(tmp_path / "f") == ["emergency-00000002"]
+
+
+def test_the_end_of_every_epoch_keeps_a_checkpoint(tmp_path: Path) -> None:
+    final(tmp_path / "a", steps_per_epoch=6, nan_check_interval=20)
+    epochs = [n for n in names(tmp_path / "a" / "f") if n.startswith("epoch")]
+    assert epochs == ["epoch-00000006", "epoch-00000012", "epoch-00000018"]
+    history = open_folder(tmp_path / "a" / "f" / epochs[1], "checkpoint")["history"]
+    assert [row["step"] for row in history] == list(range(1, 13))
+    final(tmp_path / "b", steps_per_epoch=6, max_epoch_checkpoints=2)
+    assert [n for n in names(tmp_path / "b" / "f") if n.startswith("epoch")] == epochs[1:]
+    final(tmp_path / "c", steps_per_epoch=6, max_epoch_checkpoints=0)
+    assert not [n for n in names(tmp_path / "c" / "f") if n.startswith("epoch")]
+
+
+def test_epoch_checkpoints_do_not_change_the_bits_and_a_run_resumes_past_them(tmp_path: Path) -> None:
+    want = final(tmp_path / "a")
+    interrupt(tmp_path / "b", 14, steps_per_epoch=4)
+    assert_equal(final(tmp_path / "b", steps_per_epoch=4), want)
+    assert len([n for n in names(tmp_path / "b" / "f") if n.startswith("epoch")]) == 5
+
+
+@pytest.mark.parametrize("size", [100, 400, 1000, 2500])  # in the weights, in the optimizer's state, in the config
+def test_a_checkpoint_that_cannot_be_written_is_one_message_and_leaves_the_others_intact(
+    tmp_path: Path, size: int
+) -> None:
+    want = final(tmp_path / "a")
+    interrupt(tmp_path / "b", 12)
+    before = {p: p.read_bytes() for p in (tmp_path / "b").rglob("*") if p.is_file()}
+    with no_file_over(size), pytest.raises(CheckpointError) as caught:
+        final(tmp_path / "b")
+    message, folder = str(caught.value), tmp_path / "b" / "f"
+    assert message == (
+        f"checkpoint {folder / 'rolling-00000015'} could not be written: File too large. The earlier ones are intact. "
+        "Make room and run again: training goes on from rolling-00000010"
+    )
+    assert {p: p.read_bytes() for p in (tmp_path / "b").rglob("*") if p.is_file()} == before
+    assert not list(folder.glob(".*"))
+    assert_equal(final(tmp_path / "b"), want)
+
+
+def test_a_first_checkpoint_that_cannot_be_written_says_where_training_starts_again(tmp_path: Path) -> None:
+    with no_file_over(100), pytest.raises(CheckpointError, match="run again: training starts from the beginning"):
+        final(tmp_path)
+
+
+def test_a_full_disk_does_not_hide_why_training_stopped(tmp_path: Path) -> None:
+    with no_file_over(100), pytest.raises(TrainingStopped) as caught:
+        trainer(tmp_path, Regression(bad_steps=(2,)), max_nan_retries=0).run()
+    assert "stopped at step 3: loss nan" in str(caught.value)
+    assert "emergency-00000002 could not be written: File too large" in str(caught.value)
+
+
+def test_a_checkpoint_with_bad_numbers_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    want = final(tmp_path / "a")
+    interrupt(tmp_path / "b", 13)
+    folder = tmp_path / "b" / "f" / "rolling-00000010"
+    weights = load_file(folder / "model.safetensors")
+    weights["last.bias"].fill_(torch.nan)
+    with new_folder(folder, "checkpoint") as temporary:
+        for name in ("config.json", "state.pt"):
+            (temporary / name).write_bytes((folder / name).read_bytes())
+        save_file(weights, temporary / "model.safetensors")
+    with caplog.at_level(logging.WARNING):
+        got = final(tmp_path / "b")
+    assert any(
+        "checkpoint skipped" in r.getMessage() and "not finite: last.bias" in r.getMessage() for r in caplog.records
+    )
+    assert_equal(got, want)

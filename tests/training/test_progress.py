@@ -22,6 +22,12 @@ def test_without_a_terminal_there_is_a_plain_line_every_n_steps(caplog: pytest.L
     ]
 
 
+def test_a_run_that_ends_early_has_a_line_for_its_last_step(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), Progress("pretrain", total=10, done=0, every=4) as progress:
+        progress.update(3, {"loss": 0.5}, last=True)
+    assert [r.getMessage() for r in caplog.records] == ["pretrain: step 3/10 loss 0.5"]
+
+
 def test_on_a_terminal_there_is_one_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,12 +1,15 @@
 import csv
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 from frankenstein.errors import FrankensteinError
-from frankenstein.training.telemetry import COLUMNS, GRADIENT_COLUMNS, StepLog, gradient_columns, memory_columns
-from tests.training.training_standin import Regression, trainer
+from frankenstein.training import readings
+from frankenstein.training.step_log import StepLog
+from frankenstein.training.telemetry import COLUMNS, GRADIENT_COLUMNS, gradient_columns, memory_columns
+from tests.training.training_standin import Regression, no_file_over, trainer
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -16,7 +19,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_the_columns_are_those_of_table_5_and_the_announced_ones() -> None:
     table_5 = "timestamp epoch step global_step loss accuracy learning_rate grad_norm scaler_scale"
-    memory = "gpu_memory_gb gpu_cached_gb tokens_per_s masked_tokens peak_memory_gb"
+    memory = "gpu_memory_gb gpu_cached_gb tokens_per_s masked_tokens mfu peak_memory_gb"
     assert " ".join(COLUMNS) == f"{table_5} {memory}"
 
 
@@ -38,6 +41,16 @@ def test_a_run_logs_every_step(tmp_path: Path) -> None:
     assert all(float(r["tokens_per_s"]) > 0 and r["scaler_scale"] == "1" for r in found)
     assert [bool(r["peak_memory_gb"]) for r in found] == [False, False, True] * 2
     assert found[0]["timestamp"].endswith("+00:00")
+
+
+def test_throughput_is_that_of_the_steps_since_the_last_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that ticks once a look: every step takes the same time, validation and checkpoints are left out."""
+    ticks = itertools.count()
+    monkeypatch.setattr(readings.time, "perf_counter", lambda: float(next(ticks)))
+    trainer(tmp_path, log=tmp_path / "run.csv", eval_every_n_steps=4).run()
+    assert {float(r["tokens_per_s"]) for r in rows(tmp_path / "run.csv")[1:]} == {32 / 2}
 
 
 def test_gradient_statistics_get_their_own_columns_at_their_interval(tmp_path: Path) -> None:
@@ -102,3 +115,10 @@ def test_an_interrupted_run_continues_its_log_without_duplicates(tmp_path: Path)
     assert [r["global_step"] for r in rows(log)] == [str(s) for s in range(1, 9)]
     trainer(tmp_path, log=log).run()
     assert [r["global_step"] for r in rows(log)] == [str(s) for s in range(1, 21)]
+
+
+def test_a_log_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    log = StepLog(tmp_path / "run.csv", ["global_step"], done=0, rotate=True)
+    with no_file_over(20), pytest.raises(FrankensteinError, match=r"run\.csv: the step log could not be written: File"):
+        for step in range(9):
+            log.write({"global_step": step + 10})

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from frankenstein.artifact import open_folder
 from frankenstein.optimizers.adamw import AdamW
-from frankenstein.training import loop
+from frankenstein.training import readings
 from frankenstein.training.guard import TrainingStopped, clip_gradients, unstable
 from frankenstein.training.loop import LoopSettings
 from frankenstein.training.options import TrainingOptions
@@ -102,14 +103,16 @@ def test_lasting_instability_stops_with_a_message_and_an_emergency_checkpoint(tm
     assert text.startswith(
         "test: training stopped at step 9: loss nan, gradient norm nan (nan after clipping); 3 unstable"
     )
-    assert "max_nan_retries allows 2. First bad parameters: first.weight, first.bias, last.weight, last.bias." in text
     folder = tmp_path / "f" / "emergency-00000008"
-    assert str(folder / "notes.json") in text.replace("notes.json: ", "") + "/notes.json"
+    assert "max_nan_retries allows 2. First not finite: the loss. State before the step, its batch and" in text
+    assert text.endswith(f"notes.json: {folder}")
     notes = json.loads((folder / "notes.json").read_text())
-    assert notes["gradients_not_finite"] == ["first.weight", "first.bias", "last.weight", "last.bias"]
-    assert notes["weights_not_finite"] == [] and notes["values"]["loss"] == "nan"
-    assert notes["batch"][0].startswith("(8, 4) torch.float32, ")
-    assert list(notes["learning_rates"]) == ["0"]
+    bad = ["first.weight", "first.bias", "last.weight", "last.bias"]
+    assert notes["second_run"]["gradients_not_finite"] == bad
+    assert notes["not_finite"] == [] and notes["values"]["loss"] == "nan"
+    assert notes["batch"]["0.x"].startswith("(8, 4) torch.float32, ")
+    assert list(notes["learning_rates"]) == ["0"] and notes["memory_gb"]["peak_memory_gb"] > 0
+    assert open_folder(folder, "checkpoint")["step"] == 8
 
 
 def test_no_retries_stop_at_the_first_unstable_step(tmp_path: Path) -> None:
@@ -140,7 +143,7 @@ def test_validation_rows_stand_in_the_history_and_training_mode_returns(tmp_path
 
 
 def test_long_runs_keep_a_bounded_number_of_history_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_HISTORY_ROWS", 10)
+    monkeypatch.setattr(readings, "HISTORY_ROWS", 10)
     run = trainer(tmp_path, steps=25, eval_every_n_steps=10)
     assert [row["step"] for row in run.run()] == sorted({*range(3, 25, 3), 10, 20, 25})
 
@@ -160,10 +163,10 @@ def test_amp_computes_in_bfloat16_and_keeps_float32_weights(tmp_path: Path) -> N
 
 
 def test_every_group_follows_the_schedule_from_its_own_rate(tmp_path: Path) -> None:
-    run = trainer(tmp_path, steps=4, scheduler_type="linear_warmup_then_constant", warmup_ratio=1.0)
-    net = run.model
-    run.optimizer = AdamW([{"params": [net.first.weight]}, {"params": [net.last.weight], "lr": 0.5}], lr=0.1)
-    run._base_lr = [0.1, 0.5]
+    net = build_net()
+    optimizer = AdamW([{"params": [net.first.weight]}, {"params": [net.last.weight], "lr": 0.5}], lr=0.1)
+    settings = {"steps": 4, "scheduler_type": "linear_warmup_then_constant", "warmup_ratio": 1.0}
+    run = trainer(tmp_path, net=net, optimizer=optimizer, **settings)
     history = run.run()
     assert [row["learning_rate"] for row in history] == pytest.approx([0.125, 0.25, 0.375, 0.5])
     assert [g["lr"] for g in run.optimizer.param_groups] == pytest.approx([0.1, 0.5])
@@ -174,6 +177,8 @@ def test_loop_settings_take_every_field_from_the_training_section() -> None:
     settings = LoopSettings.from_training(options, 3, steps_per_epoch=4)
     assert (settings.steps, settings.seed, settings.max_nan_retries, settings.amp) == (9, 3, 5, True)
     assert (settings.dataloader_workers, settings.steps_per_epoch) == (2, 4)
+    half = LoopSettings.from_training(TrainingOptions(amp_dtype="float16", max_tokens=7, max_epoch_checkpoints=2), 0)
+    assert (half.amp_dtype, half.max_tokens, half.max_epoch_checkpoints) == ("float16", 7, 2)
     defaults = LoopSettings.from_training(TrainingOptions(), 0)
     assert defaults == LoopSettings(steps=TrainingOptions().scheduler_total_steps), (
         "the defaults of the loop are those of the training section"

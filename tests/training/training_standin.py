@@ -2,13 +2,17 @@
 
 import json
 import os
+import resource
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from frankenstein.optimizers.adamw import AdamW
 from frankenstein.training import checkpoints
@@ -53,15 +57,33 @@ class Regression(Objective):
         return {"loss": (model(x).float() - x.sum(1, keepdim=True)).square().mean().item()}
 
 
-def trainer(folder: Path, objective: Objective | None = None, log: Path | None = None, **settings: Any) -> Trainer:
+def trainer(
+    folder: Path,
+    objective: Objective | None = None,
+    log: Path | None = None,
+    *,
+    net: nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+    dropout: float = 0.1,
+    **settings: Any,
+) -> Trainer:
     values = {"steps": 20, "seed": 7, "checkpoint_every_n_steps": 5, "eval_every_n_steps": 10, **settings}
-    net = build_net(settings.pop("dropout", 0.1))
-    optimizer = AdamW(net.parameters(), lr=0.01)
-    values.pop("dropout", None)
+    net = net or build_net(dropout)
     return Trainer(
-        net, optimizer, objective or Regression(), LoopSettings(**values), resume_dir=folder, fingerprint="f",
-        log_path=log, label="test",
+        net, optimizer or AdamW(net.parameters(), lr=0.01), objective or Regression(), LoopSettings(**values),
+        resume_dir=folder, fingerprint="f", log_path=log, label="test",
     )  # fmt: skip
+
+
+@contextmanager
+def no_file_over(size: int) -> Iterator[None]:
+    """Writing more than this into a file fails half-way, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def die(*_: Any) -> None:
