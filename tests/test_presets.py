@@ -1,9 +1,12 @@
-"""The shipped configuration of seed 002, and its size on paper: built without memory, on the meta device."""
+"""The shipped configurations: seed 002, its size on paper (on the meta device), and its pattern at small width."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import frankenstein
 from frankenstein import load_params
@@ -11,7 +14,9 @@ from frankenstein.model.encoder import Encoder
 from frankenstein.quantization.convert import convert_to_bitlinear, ternary_layers
 from frankenstein.quantization.embedding import TernaryEmbedding
 
-PRESET = Path(frankenstein.__file__).parent / "presets" / "seed002.yaml"
+PRESETS = Path(frankenstein.__file__).parent / "presets"
+PRESET, STABLE = PRESETS / "seed002.yaml", PRESETS / "stable.yaml"
+PIPELINE = Path(__file__).parent.parent / "dvc.yaml"
 D, F, LAYERS, EXPERTS, VOCAB = 1024, 2048, 12, 4, 50_000
 
 
@@ -72,3 +77,25 @@ def test_the_whole_model_is_that_of_the_paper_and_its_size_is_known_exactly() ->
     assert build().parameter_count() == {**counts, "total": total}
     # Eq. 53 has 303 M: it takes every mixer for 4 D^2, and those of the methods' own papers are larger.
     assert total == pytest.approx(303e6, rel=0.06)
+
+
+def keys_of(tree: Any, prefix: str = "") -> set[str]:
+    if not isinstance(tree, dict):
+        return set()
+    return {prefix + key for key in tree}.union(*(keys_of(value, f"{prefix}{key}.") for key, value in tree.items()))
+
+
+def test_the_stable_pattern_can_take_the_place_of_the_pipelines_configuration() -> None:
+    text = PIPELINE.read_text(encoding="utf-8")
+    stages = yaml.safe_load(text)["stages"].values()
+    named = {key for stage in stages for key in stage.get("params", ()) if isinstance(key, str)}
+    wanted = named | set(re.findall(r"\$\{([a-z_.]+)\}", text))
+    assert {"data.path", "model", "training.max_length"} <= wanted
+    assert wanted - keys_of(yaml.safe_load(STABLE.read_text(encoding="utf-8"))) == set()
+
+
+def test_the_stable_pattern_is_that_of_the_paper_at_small_width() -> None:
+    params, paper = load_params(STABLE), load_params(PRESET)
+    for name in ("layer_pattern", "num_loops", "norm_type", "use_moe", "num_experts", "top_k_experts", "use_bitnet"):
+        assert getattr(params.model, name) == getattr(paper.model, name), name
+    assert Encoder(params.model, max_length=params.training.max_length).parameter_count()["total"] < 1e6

@@ -26,14 +26,24 @@ class Block(nn.Module):
         self.ffn_norm, self.ffn = ffn_norm, ffn
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, logical_index: int = 0) -> Tensor:
-        """(B, T, D) to (B, T, D); mask (B, T) bool, True for real tokens, which come first; None means all are real.
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, logical_index: int = 0, at: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D) to (B, T, D), or (N, D) at chosen positions.
 
-        `logical_index` is the place of this traversal among all layers x loops.
+        Args:
+            mask: (B, T) bool, True for real tokens, which come first; None means all are real.
+            logical_index: the place of this traversal among all layers x loops.
+            at: (N,) positions in the flattened (B, T); a dense feed-forward sees these tokens only.
         """
         self.mixer.logical_index = logical_index
         x = x + self.dropout(self.mixer(self.mixer_norm(x), mask))
-        return x + self.dropout(self.ffn(self.ffn_norm(x), mask))
+        if at is None:
+            return x + self.dropout(self.ffn(self.ffn_norm(x), mask))
+        if isinstance(self.ffn, MixtureOfExperts):  # balance and capacity count all tokens
+            return (x + self.dropout(self.ffn(self.ffn_norm(x), mask))).flatten(0, 1).index_select(0, at)
+        x = x.flatten(0, 1).index_select(0, at)
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
     def losses(self) -> dict[str, Tensor]:
         """Auxiliary losses of the last traversal, by name."""

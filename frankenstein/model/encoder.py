@@ -95,16 +95,18 @@ class Encoder(nn.Module):
         for block in self.blocks:
             block.mixer.initialize()  # type: ignore[operator,union-attr]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Hidden vectors of every token.
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """Hidden vectors of every token, or of chosen ones.
 
         Args:
             input_ids: (B, T) integers.
             attention_mask: (B, T), nonzero for real tokens, in any place; None means that all are real.
-        Returns:  (B, T, D), exactly 0 where the mask is 0. What stands at padded positions never matters.
+            at: (N,) positions of real tokens in the flattened (B, T). What only the others need is not computed.
+        Returns:  (B, T, D), exactly 0 where the mask is 0, or (N, D) of the tokens at `at`. What stands at padded
+            positions never matters.
         """
         if attention_mask is None:
-            return self._encode(input_ids, None)
+            return self._encode(input_ids, None, at)
         if attention_mask.shape != input_ids.shape:
             raise FrankensteinError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; "
@@ -112,27 +114,32 @@ class Encoder(nn.Module):
             )
         mask = attention_mask.bool()
         if mask.all():
-            return self._encode(input_ids, None)
+            return self._encode(input_ids, None, at)
         # Real tokens first, then only as many columns as the longest row has; padded columns are never computed.
         order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
         order = order[:, : max(int(mask.sum(1).max()), 1)]
         real = mask.gather(1, order)
+        if at is not None:
+            columns = (mask.cumsum(1) - 1).flatten().index_select(0, at)
+            return self._encode(input_ids.gather(1, order), real, at // mask.shape[1] * order.shape[1] + columns)
         hidden = self._encode(input_ids.gather(1, order), real).masked_fill(~real[..., None], 0.0)
         out = hidden.new_zeros(*input_ids.shape, hidden.shape[-1])
         return out.scatter(1, order[..., None].expand_as(hidden), hidden)
 
-    def _encode(self, input_ids: Tensor, real: Tensor | None) -> Tensor:
-        """(B, T) ids, real tokens first, to (B, T, D)."""
+    def _encode(self, input_ids: Tensor, real: Tensor | None, at: Tensor | None = None) -> Tensor:
+        """(B, T) ids, real tokens first, to (B, T, D), or to (N, D) at chosen positions."""
         if real is not None:
             # A row without any real token keeps its first column, which the caller drops: no mixer meets an empty row.
             real = None if real.all() else real | (torch.arange(real.shape[1], device=real.device) == 0)
         x = self.dropout(self.embedding_stream(self.embedding(input_ids), real))
         recompute = self.options.gradient_checkpointing and self.training and torch.is_grad_enabled()
         self._last_pass = _LastPass()
-        for loop in range(self.options.num_loops):
-            for index, block in enumerate(self.blocks, loop * len(self.blocks)):
-                x = checkpoint(block, x, real, index, use_reentrant=False) if recompute else block(x, real, index)
-                self._last_pass.add(block)  # type: ignore[arg-type]
+        for index in range(self.options.num_loops * len(self.blocks)):
+            block = self.blocks[index % len(self.blocks)]
+            wanted = at if index == self.options.num_loops * len(self.blocks) - 1 else None
+            arguments = (x, real, index, wanted)
+            x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            self._last_pass.add(block)  # type: ignore[arg-type]
         return self.final_norm(x)
 
     def mlm_logits(self, rows: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Model FLOPs of a training step, and the rate of matrix products that they are compared with.
 
-    FLOPs = 6 (w t + h m)       w matrix entries that a token passes, t tokens; h of the output head, m masked tokens
+    FLOPs = 6 (w t + h m)       w matrix entries that every token passes, t tokens; h those that only the m masked ones
+                                do: the output head, and the last layer's feed-forward unless it has experts
     MFU   = FLOPs / seconds / measured peak
 Source: Chowdhery et al. 2022 (PaLM), appendix B, https://arxiv.org/abs/2204.02311. Where we differ and why: the peak is
 that of a large matrix product measured on this machine, since a CPU's is not documented; and products of activations
@@ -23,7 +24,7 @@ _LONG_ENOUGH_S = 0.02
 
 
 class Passed(NamedTuple):
-    """Matrix entries that are multiplied: with every token, and with every token whose label is predicted."""
+    """Matrix entries that are multiplied: with every token, and only with those whose labels are predicted."""
 
     token: float
     prediction: float
@@ -41,10 +42,12 @@ def passed_entries(model: nn.Module) -> Passed | None:
     if not isinstance(model, Encoder):
         return None
     blocks = sum(_entries(block) for block in model.blocks) * model.options.num_loops
+    last = model.blocks[-1].ffn
+    late = 0.0 if isinstance(last, MixtureOfExperts) else _entries(last)  # type: ignore[arg-type]
     table = model.embedding.weight.shape[1]
     factor = table * model.options.hidden_size if model.options.tie_embeddings and _factorized(model) else 0
     head = model.vocab_size * (table if model.options.tie_embeddings else model.options.hidden_size) + factor
-    return Passed(blocks + _entries(model.embedding_stream), head)
+    return Passed(blocks - late + _entries(model.embedding_stream), head + late)
 
 
 def _factorized(model: Encoder) -> bool:

@@ -54,16 +54,17 @@ def make_batch(rows: NDArray[np.int64], rule: MaskingRule, pad_id: int, *, seed:
 
 
 def chosen_logits(model: Any, batch: MlmBatch) -> Tensor:
-    """Logits (N, V) at the chosen positions; the head sees only those. The batch is moved to the model's device.
+    """Logits (N, V) at the chosen positions; the last feed-forward and the head see only those.
+
+    The batch is moved to the model's device.
 
     Args:
-        model: an encoder; called as model(inputs, mask), with `mlm_logits`.
+        model: an encoder; called as model(inputs, mask, positions), with `mlm_logits`.
     """
     device = next(model.parameters()).device
     real = None if batch.real is None else batch.real.to(device, non_blocking=True)
-    hidden = model(batch.inputs.to(device, non_blocking=True), real)
-    rows = hidden.flatten(0, 1).index_select(0, batch.positions.to(device, non_blocking=True))
-    logits: Tensor = model.mlm_logits(rows)
+    positions = batch.positions.to(device, non_blocking=True)
+    logits: Tensor = model.mlm_logits(model(batch.inputs.to(device, non_blocking=True), real, positions))
     return logits
 
 

@@ -88,6 +88,37 @@ def test_logits_of_chosen_rows(tied: bool) -> None:
     assert model.parameter_count()["head"] == 40 + (0 if tied else 40 * 16)
 
 
+@pytest.mark.parametrize("options", [{"num_loops": 2}, {"use_moe": True, "num_experts": 2, "top_k_experts": 1}])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_vectors_of_chosen_tokens_are_those_of_the_whole_with_the_same_gradients(
+    options: dict, recompute: bool, padded: bool
+) -> None:
+    model = encoder(layer_pattern=("retnet", "standard_attn"), gradient_checkpointing=recompute, **options).double()
+    rows, mask = ids(3, 9), torch.ones(3, 9, dtype=torch.bool)
+    if padded:
+        mask[0, 0], mask[0, 5], mask[1, 4:] = False, False, False
+    at = torch.tensor([1, 2, 9 + 3, 18, 18 + 8])
+    found = model(rows, mask, at)
+    losses = model.losses()
+    (found.sin().sum() + sum(losses.values())).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    wanted = model(rows, mask).flatten(0, 1)[at]
+    (wanted.sin().sum() + sum(model.losses().values())).backward()
+    torch.testing.assert_close(found, wanted)
+    assert losses == model.losses()
+    torch.testing.assert_close(gradients, {name: p.grad for name, p in model.named_parameters()})
+
+
+def test_only_the_last_feed_forward_is_spared_the_other_tokens() -> None:
+    model, seen = encoder(num_loops=2), []
+    for block in model.blocks:
+        block.ffn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel()))
+    model(ids(2, 9), None, torch.tensor([0, 17]))
+    assert seen == [18] * (len(seen) - 1) + [2] and len(seen) == 2 * len(model.blocks)
+
+
 def test_parts_add_up_to_all_parameters() -> None:
     model = encoder(layer_pattern=("retnet", "standard_attn", "gated_softmax_attn"))
     counts = model.parameter_count()

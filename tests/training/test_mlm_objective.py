@@ -34,11 +34,12 @@ class Tiny(nn.Module):
         self.embedding, self.head = nn.Embedding(30, 6), nn.Linear(6, 30)
         self.masks: list[Tensor | None] = []
 
-    def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None, at: Tensor | None = None) -> Tensor:
         self.masks.append(mask)
         x = self.embedding(ids)
         real = torch.ones(ids.shape) if mask is None else mask.float()
-        return x + (x * real[..., None]).sum(1, keepdim=True) / real.sum(1)[:, None, None]
+        x = x + (x * real[..., None]).sum(1, keepdim=True) / real.sum(1)[:, None, None]
+        return x if at is None else x.flatten(0, 1)[at]
 
     def mlm_logits(self, rows: Tensor) -> Tensor:
         return self.head(rows)

@@ -172,8 +172,8 @@ class Logits(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.tensor(probabilities).log())
 
-    def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        return self.logits.expand(*ids.shape, -1)
+    def forward(self, ids: Tensor, mask: Tensor | None, at: Tensor) -> Tensor:
+        return self.logits.expand(len(at), -1)
 
     def mlm_logits(self, rows: Tensor) -> Tensor:
         return rows

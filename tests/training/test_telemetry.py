@@ -40,13 +40,14 @@ def passed(**options: Any) -> Passed:
 
 
 def test_the_entries_a_token_passes_by_hand() -> None:
-    assert passed() == (2 * (ATTENTION + FEED_FORWARD), V * D)
-    assert passed(num_loops=3).token == 3 * passed().token
+    assert passed() == (2 * ATTENTION + FEED_FORWARD, FEED_FORWARD + V * D)
+    assert passed(num_loops=3).token == 6 * ATTENTION + 5 * FEED_FORWARD
     moe = passed(use_moe=True, num_experts=4, top_k_experts=2)
     assert moe.token == 2 * (ATTENTION + 4 * D + 2 * FEED_FORWARD)
+    assert moe.prediction == V * D
     factorized = passed(use_factorized_embedding=True, factorized_embedding_dim=4)
-    assert factorized == (passed().token + 4 * D, V * 4 + 4 * D)
-    assert passed(tie_embeddings=False).prediction == V * D
+    assert factorized == (passed().token + 4 * D, FEED_FORWARD + V * 4 + 4 * D)
+    assert passed(tie_embeddings=False).prediction == FEED_FORWARD + V * D
 
 
 def test_ternary_layers_pass_the_same_entries_and_an_unknown_model_has_no_estimate() -> None:
