@@ -75,6 +75,8 @@ def prefix_window_attention(
     if narrow and scores is None:
         pieces = band(q, length, reach, first=num_prefix, mask=mask, causal=causal)
         return merged_attention(q[:, num_prefix:], k, v, pieces)
+    if scores is None and not causal:
+        return softmax_attention(q[:, num_prefix:], k, v, key_padding_mask=mask)
     dots = scores
     if narrow and scores is not None:
         unseen = ~_seen(q, window, num_prefix, causal)

@@ -5,7 +5,7 @@
     M_t = (1 - alpha_t) M_{t-1} + S_t         forgetting (eq. 13)
     o_t = M_t^T q_t                           read after write (eq. 15)
 
-The fast form is dense inside blocks of tokens and is derived in titans_blocks.py.
+The fast form is dense inside blocks of tokens and is derived in titans_blocks.py and titans_gates.py.
 Shapes: q, k (B, T, H, K); v (B, T, H, V); theta, alpha, eta (B, T, H) in (0, 1); states M, S (B, H, K, V).
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from frankenstein.errors import FrankensteinError
 from frankenstein.mixers.delta_chunks import full_precision
-from frankenstein.mixers.titans_blocks import block_factors, scan_blocks, to_blocks
+from frankenstein.mixers.titans_blocks import plan_blocks, scan_blocks
 
 
 def titans_memory_recurrent(
@@ -65,29 +65,20 @@ def titans_memory(  # noqa: PLR0913  the operator's six tensors, and its contrac
         theta, alpha, eta: (B, T, H) in (0, 1): learning rate, forgetting, momentum.
         chunk_size: tokens whose gradients are taken at the memory before the first of them; 1 is the sequential rule.
         initial_state: (B, H, K, V), the memory before the first token; None means zeros. Momentum starts at 0.
-        block_size: C, tokens computed densely at once; does not change the result. Longer chunks are one block.
+        block_size: tokens computed densely at once, about; does not change the result. Longer chunks are one block.
     Returns:  output (B, T, H, V), final memory (B, H, K, V), final momentum (B, H, K, V).
     Raises:
         FrankensteinError: if chunk_size or block_size is below 1.
     """
-    for name, size in (("chunk_size", chunk_size), ("block_size", block_size)):
-        if size < 1:
-            raise FrankensteinError(f"titans_memory: found {name}={size}; expected at least 1")
-    batch, length, heads = theta.shape
-    chunk_size = min(chunk_size, length)
-    size = chunk_size * max(1, min(block_size, length) // chunk_size)
+    _check_sizes("titans_memory", chunk_size, block_size)
+    if initial_state is None:
+        initial_state = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1])
+    state = torch.cat([initial_state, torch.zeros_like(initial_state)], 2).flatten(0, 1)
+    plan = plan_blocks(q.shape[1], chunk_size, block_size, both_ways=False)
     with full_precision(q):  # the error feeds back: what rounding loses would pile up
-        queries, keys, values = (to_blocks(x, size) for x in (q, k, v))
-        weights, keep, eta = (to_blocks(x[..., None], size) for x in (2 * theta, 1 - alpha, eta))
-        last = (length - 1) % size
-        factors = block_factors(keep, eta, chunk_size, last)
-        if initial_state is None:
-            initial_state = q.new_zeros(batch, heads, q.shape[-1], v.shape[-1])
-        o, memory, momentum = scan_blocks(
-            queries, keys, values, weights, initial_state.flatten(0, 1), factors, chunk_size
-        )
-    o = o.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
-    return o, memory.unflatten(0, (batch, heads)), momentum.unflatten(0, (batch, heads))
+        o, last = scan_blocks(q, k, v, _learning_gates(theta, alpha, eta), state, plan)
+    memory, momentum = last.unflatten(0, theta.shape[::2]).chunk(2, 2)
+    return o, memory, momentum
 
 
 def bidirectional_titans_memory_recurrent(  # noqa: PLR0913  as the fast form
@@ -146,19 +137,43 @@ def bidirectional_titans_memory(  # noqa: PLR0913  the operator's tensors for bo
         mask: (B, T) bool, True for real tokens, which come first; padded rows give and get nothing, their output is 0.
         The others as `titans_memory`.
     Returns:  (B, T, H, V).
+    Raises:
+        FrankensteinError: if chunk_size or block_size is below 1.
     """
-    alone = 2 * theta[..., None] * (q * k).sum(-1, keepdim=True)
+    _check_sizes("bidirectional_titans_memory", chunk_size, block_size)
     padded = None if mask is None else ~mask[:, :, None, None]
-    if padded is not None:
-        k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)
-        alone = alone.masked_fill(padded, 0.0)
-    order = _reversed_order(mask)
-    pairs = ((q, None), (k, None), (v, None), (theta, theta_rev), (alpha, alpha_rev), (eta, eta_rev))
-    both = [torch.cat([x, _reverse(x if other is None else other, order)]) for x, other in pairs]
-    o, _, _ = titans_memory(*both, chunk_size=chunk_size, block_size=block_size)
-    forward, backward = o.chunk(2)
-    o = torch.addcmul(forward + _reverse(backward, order), alone, v, value=-1)
+    reverse = [theta_rev, alpha_rev, eta_rev]
+    if padded is not None:  # read backwards, padding comes first: with theta = 0 it writes nothing
+        k, v, theta = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0), theta.masked_fill(padded[..., 0], 0.0)
+        reverse[0] = None if theta_rev is None else theta_rev.masked_fill(padded[..., 0], 0.0)
+    gates = _learning_gates(theta, alpha, eta)
+    own_gates = any(gate is not None for gate in reverse)
+    others = [own if other is None else other for own, other in zip((theta, alpha, eta), reverse, strict=True)]
+    gates_rev = _learning_gates(*others) if own_gates else gates
+    with full_precision(q):  # the error feeds back: what rounding loses would pile up
+        if chunk_size == 1:
+            both = torch.cat([gates, gates_rev]) if own_gates else gates
+            o, _ = scan_blocks(q, k, v, both, None, plan_blocks(q.shape[1], 1, block_size, both_ways=True))
+        else:  # chunks start at the first token of a direction
+            order = _reversed_order(mask)
+            both = torch.cat([gates, _reverse(gates_rev.movedim(0, -1), order).movedim(-1, 0)], 1)
+            queries, keys, values = (torch.cat([x, _reverse(x, order)]) for x in (q, k, v))
+            plan = plan_blocks(q.shape[1], chunk_size, block_size, both_ways=False)
+            forward, backward = scan_blocks(queries, keys, values, both, None, plan)[0].chunk(2)
+            alone = gates[0][..., None] * (q * k).sum(-1, keepdim=True)
+            o = torch.addcmul(forward + _reverse(backward, order), alone, v, value=-1)
     return o if padded is None else o.masked_fill(padded, 0.0)
+
+
+def _check_sizes(operator: str, chunk_size: int, block_size: int) -> None:
+    for name, size in (("chunk_size", chunk_size), ("block_size", block_size)):
+        if size < 1:
+            raise FrankensteinError(f"{operator}: found {name}={size}; expected at least 1")
+
+
+def _learning_gates(theta: Tensor, alpha: Tensor, eta: Tensor) -> Tensor:
+    """(3, B, T, H): w = 2 theta, what is kept, and momentum."""
+    return torch.stack([2 * theta, 1 - alpha, eta])
 
 
 def _reversed_order(mask: Tensor | None) -> Tensor | None:

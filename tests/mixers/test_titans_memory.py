@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.mixers import titans_scan
 from frankenstein.mixers.delta_rule import delta_rule
 from frankenstein.mixers.simple_gla import simple_gla
+from frankenstein.mixers.titans_blocks import plan_blocks
 from frankenstein.mixers.titans_memory import (
     bidirectional_titans_memory,
     bidirectional_titans_memory_recurrent,
@@ -66,6 +68,52 @@ def test_blocks_equal_the_recurrence_with_states_and_gradients(length: int, chun
             with_gradients(titans_memory_recurrent, x, chunk_size=chunk_size),
         ]
     )
+
+
+@pytest.mark.parametrize("blocks_at_once", [1, 3, 100])
+def test_blocks_taken_a_few_at_once_equal_the_recurrence(blocks_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(titans_scan, "SEGMENT", blocks_at_once * 2 * 3 * 4)  # rows x tokens of a block
+    x = random_inputs(33)
+    assert_same(
+        [
+            with_gradients(f, x, **size)
+            for f, size in ((titans_memory, {"block_size": 4}), (titans_memory_recurrent, {}))
+        ]
+    )
+    mask = torch.arange(33)[None] < torch.tensor([[33], [18]])
+    results = []
+    for function, size in (
+        (bidirectional_titans_memory, {"block_size": 4}),
+        (bidirectional_titans_memory_recurrent, {}),
+    ):
+        o = function(**x, mask=mask, **size)
+        results.append((o, *torch.autograd.grad(o.sin().sum(), list(x.values()))))
+    assert_same(results)
+
+
+def test_the_gradient_written_by_hand_is_that_of_finite_differences() -> None:
+    x = random_inputs(7, rows=1)
+    rev = [(1 - x[name]).detach().requires_grad_() for name in ("theta", "alpha", "eta")]
+
+    def both_ways(*inputs: torch.Tensor) -> torch.Tensor:
+        names = (*NAMES, "theta_rev", "alpha_rev", "eta_rev")
+        return bidirectional_titans_memory(**dict(zip(names, inputs, strict=True)), block_size=3)
+
+    def with_state(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return titans_memory(*inputs[:-1], initial_state=inputs[-1], chunk_size=2, block_size=4)
+
+    state = random_state()[:1].detach().requires_grad_()
+    assert torch.autograd.gradcheck(both_ways, (*x.values(), *rev), fast_mode=True)
+    assert torch.autograd.gradcheck(with_state, (*x.values(), state), fast_mode=True)
+
+
+@pytest.mark.parametrize("length", [1, 14, 33, 49, 132, 516, 1000])
+@pytest.mark.parametrize("chunk_size", [1, 3, 64])
+def test_blocks_are_whole_chunks_and_add_less_than_one_block(length: int, chunk_size: int) -> None:
+    plan = plan_blocks(length, chunk_size, 32, both_ways=False)
+    assert plan.size % plan.chunk_size == 0 and plan.chunk_size == min(chunk_size, length)
+    assert 0 <= plan.blocks * plan.size - length < plan.size
+    assert chunk_size > 1 or plan.size <= 48
 
 
 @pytest.mark.parametrize("values", [{"eta": 0.0}, {"alpha": 1.0}, {"eta": 1.0, "alpha": 0.0}, {"theta": 0.0}], ids=str)
@@ -183,9 +231,10 @@ def test_autocast_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["chunk_size", "block_size"])
-def test_sizes_below_one_are_refused(name: str) -> None:
-    with pytest.raises(FrankensteinError, match=f"found {name}=0; expected at least 1"):
-        titans_memory(**random_inputs(3), **{name: 0})
+@pytest.mark.parametrize("operator", [titans_memory, bidirectional_titans_memory])
+def test_sizes_below_one_are_refused(operator, name: str) -> None:
+    with pytest.raises(FrankensteinError, match=f"{operator.__name__}: found {name}=0; expected at least 1"):
+        operator(**random_inputs(3), **{name: 0})
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
