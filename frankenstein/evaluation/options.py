@@ -17,5 +17,5 @@ class EvaluateOptions:
         uniqueItems=True,
     )
     batch_size: int = option(128, "Sentences in one batch.", minimum=1)
-    probe_train_pairs: int = option(4000, "Most training pairs of a probe, chosen by the seed.", minimum=10)
+    probe_train_pairs: int = option(2000, "Most training pairs of a probe, chosen by the seed.", minimum=10)
     bootstrap_samples: int = option(1000, "Resamples of the 95 % intervals.", minimum=100)

@@ -13,7 +13,7 @@ class ModelOptions:
 
     vocab_size: int = option(1200, "Vocabulary size; the tokenizer is trained to it.", minimum=1)
     hidden_size: int = option(128, "Hidden width D.", minimum=1)
-    num_layers: int = option(4, "Physical layers.", minimum=1)
+    num_layers: int = option(2, "Physical layers.", minimum=1)
     num_loops: int = option(
         1, "Times the physical layers are traversed; logical depth is num_layers x num_loops.", minimum=1
     )

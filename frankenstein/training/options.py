@@ -46,7 +46,7 @@ class TrainingOptions:
     )
     gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", minimum=1)
     optimizer: OptimizerOptions = option(OptimizerOptions, "Optimizer and its parameters.")
-    scheduler_total_steps: int = option(300, "Optimizer steps of the run, and horizon of the schedule.", minimum=1)
+    scheduler_total_steps: int = option(400, "Optimizer steps of the run, and horizon of the schedule.", minimum=1)
     scheduler_warmup_ratio: float = option(
         0.1, "Share of the steps with a linearly rising learning rate.", minimum=0.0, maximum=1.0
     )

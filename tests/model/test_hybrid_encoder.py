@@ -132,7 +132,7 @@ def test_parts_add_up_to_all_parameters() -> None:
 
 def test_residual_outputs_start_smaller_with_logical_depth() -> None:
     torch.manual_seed(0)
-    model = Encoder(ModelOptions(vocab_size=500, num_loops=2))
+    model = Encoder(ModelOptions(vocab_size=500, num_layers=4, num_loops=2))
     for block in model.blocks:
         assert block.mixer.project.linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert block.ffn.up.weight.std().item() == pytest.approx(0.02, rel=0.05)

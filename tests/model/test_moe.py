@@ -218,7 +218,7 @@ def test_the_encoder_sums_balance_over_its_traversals_and_shows_how_experts_are_
 
 def test_experts_start_as_the_dense_layers_do_and_are_counted_and_grouped_with_them() -> None:
     torch.manual_seed(0)
-    model = Encoder(ModelOptions(vocab_size=40, num_loops=2, use_moe=True))
+    model = Encoder(ModelOptions(vocab_size=40, num_layers=4, num_loops=2, use_moe=True))
     for block in model.blocks:
         assert block.ffn.router.std().item() == pytest.approx(0.02, rel=0.1)
         for expert in block.ffn.experts:
