@@ -4,9 +4,11 @@ A folder holds data files, `config.json` (what a reader needs to use them) and `
 size and sha256 of every other file). Nothing that varies from run to run stands in it.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,15 +16,50 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from frankenstein.errors import FrankensteinError
 
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 FORMAT = 1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ArtifactError(FrankensteinError):
     """An artifact folder is missing, damaged, or of another kind than was asked for."""
+
+
+class DiskFullError(ArtifactError, OSError):
+    """There is no room for a file or a folder; `strerror` is what the system said."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} could not be written: {reason}. Make room and run again")
+        self.strerror = reason
+
+
+@contextmanager
+def _one_message(path: Path) -> Iterator[None]:
+    """The same error, whichever writer found the disk full."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if (reason := _no_room(error)) is None:
+            raise
+        raise DiskFullError(path, reason) from error
+
+
+def _no_room(error: BaseException | None) -> str | None:
+    """What the system said if it had no room, also where torch raised an error of its own while it closed the file."""
+    while error is not None:
+        if isinstance(error, DiskFullError):
+            return error.strerror
+        said = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+        code = int(said[1]) if said else error.errno if isinstance(error, OSError) else None
+        if code in _NO_ROOM:
+            return os.strerror(code)
+        error = error.__context__
+    return None
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -31,8 +68,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """UTF-8 text, put in place by an atomic rename."""
+    """UTF-8 text, put in place by an atomic rename; DiskFullError where there is no room."""
     target = Path(path)
+    with _one_message(target):
+        _write_text(target, text)
+
+
+def _write_text(target: Path, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -63,20 +105,23 @@ def new_folder(path: str | Path, kind: str, config: dict[str, Any] | None = None
 
     An earlier folder at `path` stays untouched until then. Args: kind: what the folder is, checked by `open_folder`;
     config: written as config.json (a block may also write it itself).
+    Raises:
+        DiskFullError: when there is no room for it.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield temporary
-        if config is not None:
-            write_json(temporary / CONFIG, config)
-        write_json(temporary / MANIFEST, {"kind": kind, "format": FORMAT, "files": digests(temporary)})
-        temporary.chmod(0o755)
-        _swap(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with _one_message(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            yield temporary
+            if config is not None:
+                write_json(temporary / CONFIG, config)
+            write_json(temporary / MANIFEST, {"kind": kind, "format": FORMAT, "files": digests(temporary)})
+            temporary.chmod(0o755)
+            _swap(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _swap(temporary: Path, target: Path) -> None:
@@ -114,7 +159,7 @@ def open_folder(path: str | Path, *kinds: str) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(f"{folder}: has no {MANIFEST}, so it is no artifact of this pipeline or is incomplete")
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or not {"kind", "format", "files"} <= manifest.keys():
+    if not _is_manifest(manifest):
         raise ArtifactError(f"{folder / MANIFEST}: damaged; expected kind, format and files")
     if manifest["format"] != FORMAT:
         raise ArtifactError(f"{folder}: artifact format {manifest['format']}, this version reads {FORMAT}")
@@ -124,6 +169,15 @@ def open_folder(path: str | Path, *kinds: str) -> dict[str, Any]:
         _check_file(folder / name, want)
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     return {**config, "kind": manifest["kind"]}
+
+
+def _is_manifest(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"kind", "format", "files"} <= value.keys():
+        return False
+    files = value["files"]
+    return isinstance(files, dict) and all(
+        isinstance(want, dict) and {"bytes", "sha256"} <= want.keys() for want in files.values()
+    )
 
 
 def _check_file(file: Path, want: dict[str, Any]) -> None:

@@ -125,7 +125,10 @@ def _validate(options: argparse.Namespace) -> None:
 
 def _add_train(commands: Any) -> None:
     command = _command(
-        commands, "train", _train, "cache and tokenize the corpus and pretrain an encoder, into one folder"
+        commands,
+        "train",
+        _train,
+        "cache and tokenize the corpus and pretrain an encoder, into one folder; under torchrun by several processes",
     )
     _add_params(command)
     command.add_argument(
@@ -140,6 +143,30 @@ def _add_train(commands: Any) -> None:
 def _train(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
+    from frankenstein.training.pretrain import pretrain
+    from frankenstein.training.processes import processes
+
+    params, out = _load(options), options.out
+    with processes() as together:
+        together.same(lambda: _prepare_text(params, out))
+        pretrain(
+            seed=params.seed,
+            threads=params.threads,
+            model_options=params.model,
+            training_options=replace(params.training, csv_log_path=str(out / "logs" / "pretrain.csv")),
+            tokens=out / "tokens",
+            tokenizer=out / "tokenizer",
+            out=out / "encoder",
+            resume=out / ".resume",
+            metrics=out / "metrics" / "pretrain.json",
+            curve=out / "plots" / "pretrain.csv",
+        )
+        if together.first:
+            print(out / "encoder")
+
+
+def _prepare_text(params: Any, out: Path) -> None:
+    """Write cache, tokenizer and tokens."""
     from frankenstein.artifact import open_folder
     from frankenstein.inputs import check_inputs
     from frankenstein.text.cache import cache_parquet
@@ -148,9 +175,8 @@ def _train(options: argparse.Namespace) -> None:
     from frankenstein.text.sources.hub import HubAccess
     from frankenstein.text.tokenizer import Tokenizer
 
-    params, out = _load(options), options.out
     check_inputs(params)
-    training, cache, tokens = params.training, out / "cache", out / "tokens"
+    training, cache = params.training, out / "cache"
     cache_parquet(
         params.data,
         seed=params.seed,
@@ -169,26 +195,11 @@ def _train(options: argparse.Namespace) -> None:
         words,
         max_length=training.max_length,
         seed=params.seed,
-        out=tokens,
+        out=out / "tokens",
         validation_fraction=params.data.validation_fraction,
         tokens_per_shard=params.tokenizer.tokens_per_shard,
         num_workers=training.num_workers,
     )
-    from frankenstein.training.pretrain import pretrain
-
-    pretrain(
-        seed=params.seed,
-        threads=params.threads,
-        model_options=params.model,
-        training_options=replace(training, csv_log_path=str(out / "logs" / "pretrain.csv")),
-        tokens=tokens,
-        tokenizer=out / "tokenizer",
-        out=out / "encoder",
-        resume=out / ".resume",
-        metrics=out / "metrics" / "pretrain.json",
-        curve=out / "plots" / "pretrain.csv",
-    )
-    print(out / "encoder")
 
 
 def _add_replay(commands: Any) -> None:

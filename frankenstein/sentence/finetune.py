@@ -29,6 +29,7 @@ from frankenstein.text.tokenizer import Tokenizer
 from frankenstein.training.loop import LoopSettings, Trainer
 from frankenstein.training.options import OptimizerOptions
 from frankenstein.training.pretrain import fingerprint
+from frankenstein.training.processes import only_one_process
 
 logger = logging.getLogger(__name__)
 _ROOM = Path(__file__).resolve().parent
@@ -86,6 +87,7 @@ def finetune_sbert(  # noqa: PLR0913  the stage's options and paths, each by its
     Returns:  what stands in `metrics`.
     Raises:   FrankensteinError: when a task has no training pairs, or an input is missing or damaged.
     """
+    only_one_process("sentence fine-tuning")
     prepare_torch(threads)
     sources = _sources(quantized, parent_encoder)
     data = task_data(cache, options.tasks, options.dev_pairs)
@@ -115,6 +117,7 @@ def finetune(
         resume: folder of checkpoints, emptied on success.
     Returns:  training loss, development scores, steps and pairs.
     """
+    only_one_process("sentence fine-tuning")
     prepare_torch(threads)
     tuned = _tune("sentence", encoder, data, options, resume=resume, seed=seed, threads=threads)
     tuned.save(out, "int8")

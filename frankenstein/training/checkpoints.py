@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from frankenstein.artifact import ArtifactError, new_folder, open_folder
 from frankenstein.errors import FrankensteinError
 from frankenstein.optimizers.modes import averaged_weights, training_weights
 from frankenstein.training.guard import not_finite
+from frankenstein.training.processes import ALONE, Processes
 
 logger = logging.getLogger(__name__)
 KIND = "checkpoint"
@@ -93,10 +95,12 @@ class Checkpoints:
         folder: holds nothing else.
         rolling: rolling checkpoints kept.
         epochs: epoch checkpoints kept; None keeps all.
+        processes: all call the methods together; the first one writes and removes, all load the same folder. What is
+            written does not tell how many there were.
     """
 
-    def __init__(self, folder: Path, *, rolling: int, epochs: int | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, rolling: int, epochs: int | None = None, processes: Processes = ALONE) -> None:
+        self.folder, self.processes = folder, processes
         self._limits = {"rolling": rolling, "emergency": 1, **({} if epochs is None else {"epoch": epochs})}
 
     def save(self, tier: str, trained: Trained, state: RunState, dump: Dump | None = None) -> Path:
@@ -108,8 +112,14 @@ class Checkpoints:
         """
         path = self.folder / f"{tier}-{state.step:08d}"
         config = {**asdict(state), **({} if dump is None else dump.config)}
-        weights = nullcontext() if dump is not None else averaged_weights(trained.optimizer)
-        with self._disk_errors(path), weights, new_folder(path, KIND, config) as folder:
+        with nullcontext() if dump is not None else averaged_weights(trained.optimizer):
+            if self.processes.first:
+                self._write(path, config, trained, dump)
+        return path
+
+    def _write(self, path: Path, config: dict[str, Any], trained: Trained, dump: Dump | None) -> None:
+        tier = path.name.partition("-")[0]
+        with self._disk_errors(path), new_folder(path, KIND, config) as folder:
             save_model(trained.model, str(folder / WEIGHTS))
             parts = {
                 "optimizer": trained.optimizer.state_dict(),
@@ -122,14 +132,15 @@ class Checkpoints:
                 dump.write(folder)
         if tier in self._limits:
             self._prune(tier, self._limits[tier])
-        return path
 
     def keep_best(self, state: RunState) -> None:
         """Remove the best checkpoints that `state.best` does not list."""
+        if not self.processes.first:
+            return
         wanted = {f"best-{int(step):08d}" for _, step in state.best}
         for path in self._tier("best"):
             if path.name not in wanted:
-                shutil.rmtree(path)
+                _discard(path)
 
     def restore(self, trained: Trained, *, generators: bool = True) -> RunState | None:
         """Load the newest intact rolling checkpoint; None when there is none.
@@ -139,32 +150,46 @@ class Checkpoints:
         Args:
             generators: set the global generators, too.
         """
-        for leftover in sorted(self.folder.glob(".*")):
-            shutil.rmtree(leftover)
-        for path in reversed(self._tier("rolling")):
-            try:
-                config = open_folder(path, KIND)
-            except ArtifactError as error:
-                logger.warning("checkpoint skipped: %s", error)
-                shutil.rmtree(path)
+        if self.processes.first:
+            for leftover in sorted(self.folder.glob(".*")):
+                _discard(leftover)
+        for path in self.processes.same(lambda: self._tier("rolling")[::-1]):
+            config = self.processes.same(partial(self._open, path))
+            if config is None:
                 continue
             states = trained.load(path)
-            if bad := not_finite(trained.model, trained.optimizer):
-                logger.warning("checkpoint skipped: %s: not finite: %s", path, ", ".join(bad))
-                shutil.rmtree(path)
+            if bad := self.processes.union(not_finite(trained.model, trained.optimizer)):
+                self._skip(path, f"{path}: not finite: {', '.join(bad)}")
                 continue
             if generators:
                 restore_generators(states)
             return RunState(**{name: config[name] for name in RunState.__dataclass_fields__})
         return None
 
+    def _open(self, path: Path) -> dict[str, Any] | None:
+        try:
+            return open_folder(path, KIND)
+        except ArtifactError as error:
+            self._skip(path, str(error))
+            return None
+
+    def _skip(self, path: Path, reason: str) -> None:
+        logger.warning("checkpoint skipped: %s", reason)
+        if self.processes.first:
+            _discard(path)
+
     def remove(self) -> None:
-        """Remove all but the emergency checkpoint, and the folder and its parent when they are empty then."""
+        """Remove all but the emergency checkpoint, and the folder and its parent when they are empty then.
+
+        A link to a folder elsewhere stays.
+        """
+        if not self.processes.first:
+            return
         for path in sorted(self.folder.glob("*")):
             if not path.name.startswith("emergency-"):
-                shutil.rmtree(path)
+                _discard(path)
         for folder in (self.folder, self.folder.parent):
-            if folder.is_dir() and not any(folder.iterdir()):
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
 
     def _tier(self, tier: str) -> list[Path]:
@@ -173,7 +198,7 @@ class Checkpoints:
     def _prune(self, tier: str, limit: int) -> None:
         paths = self._tier(tier)
         for old in paths[: max(0, len(paths) - limit)]:
-            shutil.rmtree(old)
+            _discard(old)
 
     @contextmanager
     def _disk_errors(self, path: Path) -> Iterator[None]:
@@ -189,6 +214,14 @@ class Checkpoints:
                 f"checkpoint {path} could not be written: {reason}. The earlier ones are intact. "
                 f"Make room and run again: {start}"
             ) from error
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder, or the file that stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _disk_reason(error: BaseException | None) -> str | None:
@@ -207,6 +240,11 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  the global generator is part of what a run may use
+
+
+def seed_torch(*seed: int) -> None:
+    """Seed torch's global generators from several numbers."""
+    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
 
 
 def torch_generators() -> dict[str, Any]:

@@ -51,7 +51,8 @@ def inspect_step(model: nn.Module, batches: Sequence[Any], loss: Loss, precision
     """
     model.train()
     model.zero_grad(set_to_none=True)
-    with _same_buffers(model), ModuleWatch(model) as watch:
+    # Compiled layers would not run the hooks.
+    with torch.compiler.set_stance("force_eager"), _same_buffers(model), ModuleWatch(model) as watch:
 
         def watched(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
             with watch.forward_pass():

@@ -19,10 +19,19 @@ from torch.optim import Optimizer
 from frankenstein.optimizers.modes import Averaging, averaged_weights
 from frankenstein.training.accumulation import accumulate
 from frankenstein.training.batches import batch_stream
-from frankenstein.training.checkpoints import Checkpoints, RunState, Trained, seed_generators, torch_generators
+from frankenstein.training.checkpoints import (
+    Checkpoints,
+    RunState,
+    Trained,
+    seed_generators,
+    seed_torch,
+    torch_generators,
+)
 from frankenstein.training.guard import clip_gradients, unstable
 from frankenstein.training.objective import Objective
+from frankenstein.training.parallel import Parallel
 from frankenstein.training.precision import Precision
+from frankenstein.training.processes import only_one_process
 from frankenstein.training.progress import Progress
 from frankenstein.training.readings import Readings, Record, finite
 from frankenstein.training.recovery import Recovery
@@ -47,11 +56,13 @@ class Trainer:
         fingerprint: a digest of everything that determines the result.
         log_path: CSV step log; None keeps none.
         label: what runs, in messages.
+        parallel: how several processes train the model; the objective must have `share` then.
     Raises:
-        FrankensteinError: when the settings ask for telemetry that the model or the machine does not have.
+        FrankensteinError: when the settings ask for telemetry that the model or the machine does not have, or there are
+            several processes that know nothing of each other.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  every part by its name
         self,
         model: nn.Module,
         optimizer: Optimizer,
@@ -62,20 +73,26 @@ class Trainer:
         fingerprint: str,
         log_path: Path | None,
         label: str,
+        parallel: Parallel | None = None,
     ) -> None:
+        if parallel is None:
+            only_one_process(label)
+            parallel = Parallel(model)
         self.model, self.optimizer, self.objective, self.settings = model, optimizer, objective, settings
-        self.log_path = log_path
+        self.parallel, self.processes = parallel, parallel.processes
+        self.log_path = log_path if self.processes.first else None
         device = next(model.parameters()).device
         self.precision = Precision(device, amp=settings.amp, dtype=settings.amp_dtype)
         self.checkpoints = Checkpoints(
             Path(resume_dir) / fingerprint,
             rolling=settings.max_rolling_checkpoints,
             epochs=settings.max_epoch_checkpoints,
+            processes=self.processes,
         )
         trained = Trained(model, optimizer, self.precision.scaler)
-        self._run = Run(label, trained, objective, settings, self.precision, self.checkpoints)
+        self._run = Run(label, trained, objective, settings, self.precision, self.checkpoints, parallel)
         self._recovery = Recovery(self._run)
-        self._telemetry = Telemetry(model, settings, self.precision)
+        self._telemetry = Telemetry(model, settings, self.precision, devices=self.processes.size)
         self._base_lr = [group["lr"] for group in optimizer.param_groups]
         # A method that averages its weights does what a schedule is for; a schedule on top would undo it.
         self._schedule = "constant" if isinstance(optimizer, Averaging) else settings.scheduler_type
@@ -105,17 +122,19 @@ class Trainer:
         done = self.state.step
         log = StepLog(self.log_path, self._telemetry.columns, done=done, rotate=settings.csv_rotate_on_schema_change)
         batches = batch_stream(
-            self.objective.batch,
+            self._run.batch,
             first_step=done,
             steps=settings.steps,
             per_step=settings.gradient_accumulation_steps,
             workers=settings.dataloader_workers,
         )
-        progress = Progress(self.label, total=settings.steps, done=done, every=settings.telemetry_log_interval)
+        every, shown = settings.telemetry_log_interval, self.processes.first
+        progress = Progress(self.label, total=settings.steps, done=done, every=every, shown=shown)
         with closing(batches), progress:
             self._readings = Readings(
-                settings, self.state, self.precision.device, log=log, progress=progress, telemetry=self._telemetry
-            )
+                settings, self.state, self.precision.device, log=log, progress=progress, telemetry=self._telemetry,
+                processes=self.processes,
+            )  # fmt: skip
             self._began = time.perf_counter() - self.state.seconds
             self.model.train()
             while not self.state.ended_by:
@@ -166,18 +185,20 @@ class Trainer:
     def _step(self, batches: Iterator[Any]) -> None:
         """One optimizer step of algorithm 1; an unstable one changes no weight."""
         step, settings, state = self.state.step, self.settings, self.state
+        if not self.processes.first:  # own draws, which a checkpoint need not hold
+            seed_torch(settings.seed, step, self.processes.rank)
         generators = torch_generators()
         learning_rate = self._set_learning_rate(step)
         self.objective.begin_step(self.model, step)
         self.optimizer.zero_grad(set_to_none=True)
         per_step = settings.gradient_accumulation_steps
         values = accumulate(
-            self.model, islice(batches, per_step), self._run.loss(step), self.precision, single=per_step == 1
+            self.parallel, islice(batches, per_step), self._run.loss(step), self.precision, single=per_step == 1
         )
         tokens, terms = (int(values.get(name, 0)) for name in ("tokens", "terms"))
         gradients, values = self._clip(step + 1, values)
         self._readings.add(Record(step + 1, learning_rate, values, generators))
-        seconds = time.perf_counter() - self._began
+        seconds = self._seconds()
         ended_by = settings.ended_by(step + 1, state.tokens + tokens, seconds)
         skip = False
         if ended_by or self._must_read(step + 1):
@@ -188,6 +209,11 @@ class Trainer:
         if not skip:
             self._run.update(step, terms)
         state.step, state.tokens, state.seconds, state.ended_by = step + 1, state.tokens + tokens, seconds, ended_by
+
+    def _seconds(self) -> float:
+        """Spent so far; where that may end the run, by the first process's clock."""
+        seconds = time.perf_counter() - self._began
+        return seconds if self.settings.max_seconds is None else self.processes.same(lambda: seconds)
 
     def _set_learning_rate(self, step: int) -> float:
         """Scale every group's base rate; returns the largest."""
@@ -226,7 +252,7 @@ class Trainer:
     def _validate(self) -> None:
         self.model.eval()
         with torch.no_grad(), self.precision.autocast(), averaged_weights(self.optimizer):
-            values = self.objective.validate(self.model)
+            values = self.parallel.call(self.objective.validate)
         self.model.train()
         if not values:
             return

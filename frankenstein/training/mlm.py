@@ -16,6 +16,7 @@ from frankenstein.text.masking import MaskingRule, mask_rows
 from frankenstein.text.order import batch_indices
 from frankenstein.text.shards import TokenRows
 from frankenstein.training.objective import Objective
+from frankenstein.training.processes import ALONE, Processes
 from frankenstein.training.row_origins import RowOrigins
 
 # Validation masks do not depend on the run's seed: runs with different seeds are compared on the same positions.
@@ -38,6 +39,28 @@ class MlmBatch:
         """The batch whose fields an emergency folder holds by name."""
         names = ("inputs", "positions", "labels")
         return cls(**{name: tensors[name] for name in names}, real=tensors.get("real"), tokens=int(tensors["tokens"]))
+
+    def rows(self, start: int, stop: int) -> "MlmBatch":
+        """The batch of these rows alone."""
+        length = self.inputs.shape[1]
+        here = (self.positions >= start * length) & (self.positions < stop * length)
+        inputs, real = self.inputs[start:stop], None if self.real is None else self.real[start:stop]
+        return MlmBatch(
+            inputs=inputs,
+            real=real,
+            positions=self.positions[here] - start * length,
+            labels=self.labels[here],
+            tokens=inputs.numel() if real is None else int(real.sum()),
+        )
+
+    def share(self, processes: Processes) -> "MlmBatch":
+        """The rows of one of several processes, next to each other; without any, the first row and no position."""
+        count, rank, size = len(self.inputs), processes.rank, processes.size
+        start, stop = count * rank // size, count * (rank + 1) // size
+        if start < stop:
+            return self.rows(start, stop)
+        none = self.positions[:0]
+        return MlmBatch(self.inputs[:1], None if self.real is None else self.real[:1], none, none, 0)
 
 
 def make_batch(rows: NDArray[np.int64], rule: MaskingRule, pad_id: int, *, seed: int, step: int) -> MlmBatch:
@@ -124,6 +147,7 @@ class MlmObjective(Objective):
         accumulation: micro-batches in a step.
         eval_batches: most batches in one validation, from the first rows on.
         origins: tells where the training rows come from, for the notes on a step that went wrong.
+        processes: share the rows of every batch, also in validation.
     """
 
     def __init__(  # noqa: PLR0913  every part by its name
@@ -138,19 +162,26 @@ class MlmObjective(Objective):
         accumulation: int = 1,
         eval_batches: int = 8,
         origins: RowOrigins | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.train, self.rule, self.pad_id, self.seed = train, rule, pad_id, seed
         self.batch_size, self.accumulation, self.origins = batch_size, accumulation, origins
+        self.processes = processes
         count = min(valid.num_rows, eval_batches * batch_size)
-        self.validation = [
+        whole = (
             make_batch(valid.take(np.arange(i, min(i + batch_size, count))), rule, pad_id, seed=VALIDATION_SEED, step=i)
             for i in range(0, count, batch_size)
-        ]
+        )
+        self.validation = [self.share(batch) if processes.several else batch for batch in whole]
 
     def batch(self, step: int, micro: int) -> MlmBatch:
         """The masked batch of a step's micro-batch."""
         rows = self.train.take(self._rows(step, micro))
         return make_batch(rows, self.rule, self.pad_id, seed=self.seed, step=self._index(step, micro))
+
+    def share(self, batch: MlmBatch) -> MlmBatch:
+        """This process's rows."""
+        return batch.share(self.processes)
 
     def _index(self, step: int, micro: int) -> int:
         return step * self.accumulation + micro
@@ -187,4 +218,5 @@ class MlmObjective(Objective):
             loss += batch_loss.item() * count
             accuracy += values["accuracy"].item() * count
             terms += count
+        loss, accuracy, terms = self.processes.sums([loss, accuracy, terms])
         return {"loss": loss / terms, "accuracy": accuracy / terms} if terms else {}

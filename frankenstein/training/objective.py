@@ -23,6 +23,12 @@ class Objective(Protocol):
         """
         ...
 
+    def share(self, batch: Any) -> Any:
+        """The part of a micro-batch that this one of several processes takes; all parts together are the batch."""
+        raise FrankensteinError(
+            f"{type(self).__name__} cannot be trained by several processes; start it without torchrun"
+        )
+
     def begin_step(self, model: nn.Module, step: int) -> None:
         """Called before every optimizer step, also the first after a resume."""
         return None  # noqa: RET501  a body makes the method optional for classes that inherit

@@ -22,7 +22,20 @@ class OptimizerOptions:
 class TrainingOptions:
     """Masked-language-model pretraining: batches, optimizer, schedule, stability, checkpoints, telemetry."""
 
-    batch_size: int = option(32, "Rows in one micro-batch.", minimum=1)
+    batch_size: int = option(32, "Rows in one micro-batch, shared out among all processes.", minimum=1)
+    distributed: str = option(
+        "ddp",
+        "How several processes (torchrun) train: ddp, each with the whole model, or fsdp2, each with a part of it. "
+        "One process takes no notice.",
+        enum=["ddp", "fsdp2"],
+        not_built={"const": "fsdp2"},
+    )
+    compile: bool = option(
+        False,
+        "Compile the layers for pretraining with torch.compile. The first steps take seconds to minutes longer, less "
+        "where an earlier run left its code in data/.compiled; whether the others pay for it depends on the mixers and "
+        "the machine.",
+    )
     dataloader_workers: int = option(
         0, "Background threads that prepare batches; the order never depends on it.", minimum=0
     )

@@ -25,9 +25,12 @@ from frankenstein.text.masking import MaskingRule
 from frankenstein.text.shards import TokenRows
 from frankenstein.text.tokenizer import Tokenizer
 from frankenstein.training.checkpoints import RunState
+from frankenstein.training.compiled import compile_layers
 from frankenstein.training.loop import LoopSettings, Trainer
 from frankenstein.training.mlm import MlmObjective
 from frankenstein.training.options import TrainingOptions
+from frankenstein.training.parallel import parallel_training
+from frankenstein.training.processes import ALONE, Processes, processes
 from frankenstein.training.row_origins import RowOrigins
 
 logger = logging.getLogger(__name__)
@@ -53,9 +56,11 @@ def pretrain(  # noqa: PLR0913  the stage's options and paths, each by its name
     """Train an encoder and write its artifact, metrics and curve; an interrupted run goes on from its checkpoint.
 
     max_tokens and max_seconds may end it before scheduler_total_steps; "ended_by" in the metrics says which limit did.
+    Started by torchrun, all processes call this; they share the work, and the first one writes. All read the same
+    folders, so several machines need a common file system.
 
     Args:
-        threads: CPU threads; the weights' bits depend on it.
+        threads: CPU threads of a process; the weights' bits depend on it.
         tokens, tokenizer: artifacts of the text room.
         out: the encoder artifact.
         resume: folder of checkpoints, one subfolder a fingerprint, emptied on success.
@@ -65,34 +70,56 @@ def pretrain(  # noqa: PLR0913  the stage's options and paths, each by its name
         FrankensteinError: when tokens, tokenizer and options do not fit together, or training was unstable.
     """
     prepare_torch(threads)
-    words = Tokenizer.load(tokenizer)
-    train, valid = TokenRows.open(tokens, "train"), TokenRows.open(tokens, "valid")
-    _check_inputs(tokens, train, words, training_options.max_length)
-    encoder = _build(model_options, words.vocab_size, training_options.max_length, seed)
-    objective = mlm_objective(words, train, valid, training_options, seed, RowOrigins(tokens, "train", words))
-    rows_per_step = training_options.batch_size * training_options.gradient_accumulation_steps
-    trainer = Trainer(
-        encoder,
-        build_optimizer(encoder, training_options),
-        objective,
-        LoopSettings.from_training(training_options, seed, steps_per_epoch=max(1, train.num_rows // rows_per_step)),
-        resume_dir=resume,
-        fingerprint=fingerprint(
-            {"model": plain(model_options), "training": plain(training_options), "seed": seed, "threads": threads},
-            tokens,
-            tokenizer,
-        ),
-        log_path=Path(training_options.csv_log_path),
-        label="pretrain",
-    )
-    history = trainer.run()
-    summary = _summary(history, encoder, trainer.state)
+    with processes() as together:
+        words = Tokenizer.load(tokenizer)
+        train, valid = TokenRows.open(tokens, "train"), TokenRows.open(tokens, "valid")
+        _check_inputs(tokens, train, words, training_options.max_length)
+        encoder = _build(model_options, words.vocab_size, training_options.max_length, seed)
+        origin = RowOrigins(tokens, "train", words)
+        objective = mlm_objective(words, train, valid, training_options, seed, origin, together)
+        if training_options.compile:
+            compile_layers(encoder, resume.parent / ".compiled")
+        parallel = parallel_training(encoder, training_options, together)
+        trainer = Trainer(
+            encoder,
+            build_optimizer(encoder, training_options),
+            objective,
+            _settings(training_options, seed, train.num_rows),
+            resume_dir=resume,
+            fingerprint=fingerprint(
+                {"model": plain(model_options), "training": plain(training_options), "seed": seed, "threads": threads},
+                tokens,
+                tokenizer,
+            ),
+            log_path=Path(training_options.csv_log_path),
+            label="pretrain",
+            parallel=parallel,
+        )
+        history = trainer.run()
+        summary = _summary(history, encoder, trainer.state)
+        together.same(lambda: _write(encoder, words, out, metrics, summary, curve, history))
+        trainer.finish()
+    return summary
+
+
+def _settings(options: TrainingOptions, seed: int, num_rows: int) -> LoopSettings:
+    rows_per_step = options.batch_size * options.gradient_accumulation_steps
+    return LoopSettings.from_training(options, seed, steps_per_epoch=max(1, num_rows // rows_per_step))
+
+
+def _write(
+    encoder: Encoder,
+    words: Tokenizer,
+    out: Path,
+    metrics: Path,
+    summary: dict[str, Any],
+    curve: Path,
+    history: list[dict[str, Any]],
+) -> None:
     bitnet = bitnet_config(encoder)
-    save_encoder(encoder.cpu(), out, tokenizer=words.model_bytes, max_length=training_options.max_length, bitnet=bitnet)
+    save_encoder(encoder.cpu(), out, tokenizer=words.model_bytes, max_length=encoder.max_length, bitnet=bitnet)
     write_json(metrics, summary)
     write_curve(curve, history)
-    trainer.finish()
-    return summary
 
 
 def _check_inputs(tokens: Path, train: TokenRows, words: Tokenizer, max_length: int) -> None:
@@ -115,7 +142,13 @@ def _build(options: ModelOptions, vocab_size: int, max_length: int, seed: int) -
 
 
 def mlm_objective(
-    words: Tokenizer, train: TokenRows, valid: TokenRows, options: TrainingOptions, seed: int, origins: RowOrigins
+    words: Tokenizer,
+    train: TokenRows,
+    valid: TokenRows,
+    options: TrainingOptions,
+    seed: int,
+    origins: RowOrigins,
+    together: Processes = ALONE,
 ) -> MlmObjective:
     """The masked-language-model objective over packed rows, with the masks that the options and the seed give."""
     rule = MaskingRule(
@@ -135,6 +168,7 @@ def mlm_objective(
         accumulation=options.gradient_accumulation_steps,
         eval_batches=options.eval_batches,
         origins=origins,
+        processes=together,
     )
 
 

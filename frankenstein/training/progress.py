@@ -17,11 +17,12 @@ class Progress:
         total: steps in all.
         done: steps that an earlier run has finished.
         every: steps between plain lines; the last one always has one.
+        shown: report at all.
     """
 
-    def __init__(self, label: str, *, total: int, done: int, every: int) -> None:
+    def __init__(self, label: str, *, total: int, done: int, every: int, shown: bool = True) -> None:
         self.label, self.total, self.every = label, total, every
-        terminal = sys.stderr.isatty()
+        terminal = shown and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=done, desc=label, unit="step", dynamic_ncols=True) if terminal else None
 
     def __enter__(self) -> "Progress":

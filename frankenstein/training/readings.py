@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from frankenstein.training.checkpoints import RunState
+from frankenstein.training.processes import ALONE, Processes
 from frankenstein.training.progress import Progress
 from frankenstein.training.settings import LoopSettings
 from frankenstein.training.step_log import StepLog, now
@@ -43,6 +44,7 @@ class Readings:
     Args:
         state: its history gets the rows.
         device: where the values are.
+        processes: all of them decide by what the first one reads.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class Readings:
         log: StepLog,
         progress: Progress,
         telemetry: Telemetry,
+        processes: Processes = ALONE,
     ) -> None:
         self.settings, self.state, self.device = settings, state, device
-        self.log, self.progress, self.telemetry = log, progress, telemetry
+        self.log, self.progress, self.telemetry, self.processes = log, progress, telemetry, processes
         self._pending: list[Record] = []
         self._history_every = math.ceil(settings.steps / HISTORY_ROWS)
         self.restart_clock()
@@ -91,7 +94,7 @@ class Readings:
 
     def _to_host(self, values: list[Tensor]) -> list[float]:
         numbers: list[float] = torch.stack([v.to(self.device, torch.float64) for v in values]).tolist()
-        return numbers
+        return self.processes.same(lambda: numbers)
 
     def _log_row(self, reading: Reading, rates: Sequence[float]) -> None:
         if self.log.path is None:

@@ -36,7 +36,7 @@ class Recovery:
         bad = [reading for reading in readings if reading.values["unstable"]]
         if not bad:
             return bool(readings[-1].values["skipped"])
-        lost = not_finite(self.run.trained.model, self.run.trained.optimizer)
+        lost = self._lost()
         first = bad[0]
         found = self._dump(BadStep(first.record.step - 1, first.values, first.record.generators))
         for reading in bad[:1] if lost else bad:  # with bad weights, every later step is the same trouble
@@ -52,15 +52,23 @@ class Recovery:
             TrainingStopped: as above.
         """
         run = self.run
-        lost = not_finite(run.trained.model, run.trained.optimizer)
+        lost = self._lost()
         if not lost:
             return
         found = self._dump(BadStep(run.state.step, {}, torch_generators()))
         self._count(run.state.step, {}, found)
         self._go_back(run.state.step, lost)
 
+    def _lost(self) -> list[str]:
+        """Weights that hold NaN or Inf in any process."""
+        run = self.run
+        return run.processes.union(not_finite(run.trained.model, run.trained.optimizer))
+
     def _dump(self, bad: BadStep) -> str:
-        """What the emergency folder says, in a sentence or two."""
+        """What the emergency folder says, in a sentence or two; the first of several processes writes it."""
+        return self.run.processes.same(lambda: self._write(bad))
+
+    def _write(self, bad: BadStep) -> str:
         try:
             folder, seen = save_emergency(self.run, bad)
         except CheckpointError as error:  # the trouble itself is the news

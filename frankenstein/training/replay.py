@@ -23,6 +23,7 @@ from frankenstein.training.emergency import BATCH, NOTES
 from frankenstein.training.inspection import Inspection, describe, inspect_step
 from frankenstein.training.mlm import MlmBatch, sampled_loss, training_loss
 from frankenstein.training.precision import Precision
+from frankenstein.training.processes import only_one_process
 from frankenstein.training.run import sampled
 from frankenstein.training.ternary import finish_loss, strengths
 
@@ -43,6 +44,7 @@ def replay(folder: Path) -> Replay:
         FrankensteinError: when the folder is no emergency checkpoint, is damaged, or holds a loss that cannot be built
             from it.
     """
+    only_one_process("replay")
     config = open_folder(folder, KIND)
     if not (folder / BATCH).is_file() or "objective" not in config:
         raise FrankensteinError(f"{folder}: has no {BATCH}; expected an emergency checkpoint (emergency-<step>)")

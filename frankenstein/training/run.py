@@ -11,7 +11,9 @@ from frankenstein.optimizers.modes import HessianBased, wants_hessian
 from frankenstein.training.accumulation import Loss
 from frankenstein.training.checkpoints import Checkpoints, RunState, Trained
 from frankenstein.training.objective import Objective
+from frankenstein.training.parallel import Parallel
 from frankenstein.training.precision import Precision
+from frankenstein.training.processes import Processes
 from frankenstein.training.settings import LoopSettings
 
 
@@ -25,13 +27,25 @@ class Run:
     settings: LoopSettings
     precision: Precision
     checkpoints: Checkpoints
+    parallel: Parallel
     state: RunState = field(default_factory=RunState)
+
+    @property
+    def processes(self) -> Processes:
+        """Those that train together."""
+        return self.parallel.processes
+
+    def batch(self, step: int, micro: int) -> Any:
+        """This process's share of a micro-batch."""
+        batch = self.objective.batch(step, micro)
+        return self.objective.share(batch) if self.processes.several else batch
 
     def loss(self, step: int) -> Loss:
         """The loss of a step: with sampled labels where the optimizer estimates the Hessian from it."""
         if not wants_hessian(self.trained.optimizer, step):
             return self.objective.loss
-        return sampled(self.objective.sampled_loss, (self.settings.seed, step))
+        seed = (self.settings.seed, step) if self.processes.first else (self.settings.seed, step, self.processes.rank)
+        return sampled(self.objective.sampled_loss, seed)
 
     def update(self, step: int, terms: int) -> None:
         """Let the optimizer use the gradients of a step: for its Hessian estimate, or to move the weights.

@@ -29,12 +29,14 @@ _GB = 1e9
 class Telemetry:
     """The columns that the settings ask for, and their values at the steps where they are due.
 
+    Args:
+        devices: how many train together; MFU is a share of the rate of all, memory that of this process.
     Raises:
         FrankensteinError: where the settings ask for what the model or the machine does not have.
     """
 
-    def __init__(self, model: nn.Module, settings: LoopSettings, precision: Precision) -> None:
-        self.settings, self.precision = settings, precision
+    def __init__(self, model: nn.Module, settings: LoopSettings, precision: Precision, *, devices: int = 1) -> None:
+        self.settings, self.precision, self.devices = settings, precision, devices
         self._blocks = _blocks(model) if settings.enable_block_grad_norms else []
         self._gpu = GpuMetrics(settings.nvml_device_index) if settings.gpu_metrics_backend == "nvml" else None
         self._passed = passed_entries(model)
@@ -62,7 +64,7 @@ class Telemetry:
         values: dict[str, Any] = dict(memory_columns(self.precision.device))
         if self._passed is not None:
             peak = measured_peak(self.precision.device, self.precision.matmul_dtype)
-            values["mfu"] = self._passed.training_flops(tokens_per_s, terms_per_s) / peak
+            values["mfu"] = self._passed.training_flops(tokens_per_s, terms_per_s) / (self.devices * peak)
         return values | (self._gpu.read() if self._gpu is not None else {})
 
 

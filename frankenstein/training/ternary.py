@@ -35,6 +35,7 @@ from frankenstein.training.loop import LoopSettings, Objective, Trainer
 from frankenstein.training.mlm import MlmBatch, MlmObjective, chosen_logits, mlm_values
 from frankenstein.training.options import OptimizerOptions, TrainingOptions
 from frankenstein.training.pretrain import fingerprint, mlm_objective, write_curve
+from frankenstein.training.processes import only_one_process
 from frankenstein.training.row_origins import RowOrigins
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ def quantize_encoder(  # noqa: PLR0913  the stage's options and paths, each by i
     Returns: what stands in `metrics`.
     Raises: FrankensteinError: when a ternary encoder is asked to stay in full precision, or an artifact is wrong.
     """
+    only_one_process("the ternary finish")
     prepare_torch(threads)
     objective = _labels(encoder, tokens, training_options, seed)
     if options.weights == "none":
