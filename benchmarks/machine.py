@@ -59,7 +59,7 @@ def saved_bytes(forward: Callable[[], object]) -> int:
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a saved output itself would keep its own graph alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         kept = forward()  # its graph keeps the storages alive, so that no address comes twice
