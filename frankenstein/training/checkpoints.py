@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import save_file, save_model
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from frankenstein.artifact import ArtifactError, new_folder, open_folder
 from frankenstein.errors import FrankensteinError
 from frankenstein.optimizers.modes import averaged_weights, training_weights
 from frankenstein.training.guard import not_finite
+from frankenstein.training.parallel import Parallel
 from frankenstein.training.processes import ALONE, Processes
 
 logger = logging.getLogger(__name__)
@@ -67,12 +68,21 @@ class Trained:
     model: nn.Module
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
+    parallel: Parallel | None = None  # None: all of it in this process
+
+    @property
+    def held(self) -> Parallel:
+        """How the processes hold model and optimizer."""
+        return self.parallel or Parallel(self.model)
+
+    def not_finite(self) -> list[str]:
+        """Names of the weights that hold NaN or Inf here, or whose optimizer state does."""
+        return not_finite(self.held.optimized(), self.optimizer)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Take the state of a checkpoint folder; returns the generators' states."""
-        load_model(self.model, str(folder / WEIGHTS))
         saved = torch.load(folder / STATE, weights_only=True, map_location="cpu")
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.held.load(folder / WEIGHTS, self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         training_weights(self.optimizer)
         generators: dict[str, Any] = saved["generators"]
@@ -113,16 +123,28 @@ class Checkpoints:
         path = self.folder / f"{tier}-{state.step:08d}"
         config = {**asdict(state), **({} if dump is None else dump.config)}
         with nullcontext() if dump is not None else averaged_weights(trained.optimizer):
+            weights, optimizer = trained.held.weights(), trained.held.optimizer_state(trained.optimizer)
             if self.processes.first:
-                self._write(path, config, trained, dump)
+                self._write(path, config, trained, dump, weights, optimizer)
         return path
 
-    def _write(self, path: Path, config: dict[str, Any], trained: Trained, dump: Dump | None) -> None:
+    def _write(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        trained: Trained,
+        dump: Dump | None,
+        weights: dict[str, Tensor] | None,
+        optimizer: dict[str, Any],
+    ) -> None:
         tier = path.name.partition("-")[0]
         with self._disk_errors(path), new_folder(path, KIND, config) as folder:
-            save_model(trained.model, str(folder / WEIGHTS))
+            if weights is None:
+                save_model(trained.model, str(folder / WEIGHTS))
+            else:
+                save_file(weights, folder / WEIGHTS)
             parts = {
-                "optimizer": trained.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scaler": trained.scaler.state_dict(),
                 "generators": generator_states() if dump is None else dump.generators,
             }
@@ -158,7 +180,7 @@ class Checkpoints:
             if config is None:
                 continue
             states = trained.load(path)
-            if bad := self.processes.union(not_finite(trained.model, trained.optimizer)):
+            if bad := self.processes.union(trained.not_finite()):
                 self._skip(path, f"{path}: not finite: {', '.join(bad)}")
                 continue
             if generators:

@@ -22,7 +22,6 @@ from frankenstein.model.storage import encoder_config
 from frankenstein.optimizers.modes import wants_hessian
 from frankenstein.quantization.convert import bitnet_config
 from frankenstein.training.checkpoints import Dump, generator_states, restore_generators
-from frankenstein.training.guard import not_finite
 from frankenstein.training.inspection import Inspection, inspect_step
 from frankenstein.training.precision import Precision
 from frankenstein.training.run import Run
@@ -54,18 +53,25 @@ def save_emergency(run: Run, bad: BadStep) -> tuple[Path, Inspection | str]:
     Raises:
         CheckpointError: when the folder cannot be written.
     """
-    parameters = list(run.trained.model.parameters())
-    gradients = [p.grad for p in parameters]
     batches = [run.objective.batch(bad.step, i) for i in range(run.settings.gradient_accumulation_steps)]
-    seen = _run_again(run, bad, batches)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+    seen = _seen(run, bad, batches)
     dump = Dump(
         generators={**generator_states(), **bad.generators},
         config=_config(run, bad),
         write=lambda folder: _write(folder, run, bad, batches, seen),
     )
     return run.checkpoints.save("emergency", run.trained, run.state, dump), seen
+
+
+def _seen(run: Run, bad: BadStep, batches: Sequence[Any]) -> Inspection | str:
+    if not run.parallel.whole:
+        return "not looked at here, since no process has the whole model"
+    parameters = list(run.trained.model.parameters())
+    gradients = [p.grad for p in parameters]
+    seen = _run_again(run, bad, batches)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    return seen
 
 
 def _run_again(run: Run, bad: BadStep, batches: Sequence[Any]) -> Inspection | str:
@@ -111,14 +117,14 @@ def _write(folder: Path, run: Run, bad: BadStep, batches: Sequence[Any], seen: I
 
 def _notes(run: Run, bad: BadStep, tensors: dict[str, Tensor], seen: Inspection | str) -> dict[str, Any]:
     """What a reader needs to find the cause."""
-    optimizer, model, settings = run.trained.optimizer, run.trained.model, run.settings
-    shape = _model_config(model)
+    optimizer, settings = run.trained.optimizer, run.settings
+    shape = _model_config(run.trained.model)
     return {
         "step": bad.step + 1,
         "weights_of_step": run.state.step,
         "values": bad.values,
         "second_run": seen if isinstance(seen, str) else asdict(seen),
-        "not_finite": not_finite(model, optimizer),
+        "not_finite": run.trained.not_finite(),
         "learning_rates": {str(group.get("name", i)): group["lr"] for i, group in enumerate(optimizer.param_groups)},
         "batch": {name: _describe(tensor) for name, tensor in tensors.items()},
         "rows": _rows(run, bad),

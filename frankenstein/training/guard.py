@@ -3,7 +3,7 @@
 Source: Transformer Encoder Frankenstein, section 3.6 and algorithm 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.training.parallel import whole
 
 
 class TrainingStopped(FrankensteinError):
@@ -26,7 +27,7 @@ class Norms(NamedTuple):
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Norms:
     """Scale the gradients in place by min(1, max_norm / (norm + 1e-6)); 0 only measures."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if max_norm == 0:
         return Norms(norm, norm)
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -39,9 +40,9 @@ def unstable(loss: Tensor, norms: Norms, threshold: float) -> Tensor:
     return bad | (norms.after > threshold) if threshold > 0 else bad
 
 
-def not_finite(model: nn.Module, optimizer: Optimizer) -> list[str]:
+def not_finite(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer) -> list[str]:
     """Names of the weights that hold NaN or Inf, or whose optimizer state does; waits for the device once."""
-    named = [(name, tensor) for name, tensor in _tensors(model, optimizer) if tensor.is_floating_point()]
+    named = [(name, tensor) for name, tensor in _tensors(parameters, optimizer) if tensor.is_floating_point()]
     if not named:
         return []
     device = named[0][1].device
@@ -49,8 +50,8 @@ def not_finite(model: nn.Module, optimizer: Optimizer) -> list[str]:
     return list(dict.fromkeys(name for (name, _), good in zip(named, finite, strict=True) if not good))
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
+def _tensors(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in parameters:
         yield name, parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             parts = value if isinstance(value, (tuple, list)) else (value,)

@@ -29,7 +29,7 @@ from frankenstein.training.checkpoints import (
 )
 from frankenstein.training.guard import clip_gradients, unstable
 from frankenstein.training.objective import Objective
-from frankenstein.training.parallel import Parallel
+from frankenstein.training.parallel import Parallel, own_part, whole
 from frankenstein.training.precision import Precision
 from frankenstein.training.processes import only_one_process
 from frankenstein.training.progress import Progress
@@ -89,7 +89,8 @@ class Trainer:
             epochs=settings.max_epoch_checkpoints,
             processes=self.processes,
         )
-        trained = Trained(model, optimizer, self.precision.scaler)
+        trained = Trained(model, optimizer, self.precision.scaler, parallel)
+        parallel.adopt(optimizer)
         self._run = Run(label, trained, objective, settings, self.precision, self.checkpoints, parallel)
         self._recovery = Recovery(self._run)
         self._telemetry = Telemetry(model, settings, self.precision, devices=self.processes.size)
@@ -190,7 +191,7 @@ class Trainer:
         generators = torch_generators()
         learning_rate = self._set_learning_rate(step)
         self.objective.begin_step(self.model, step)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.parallel.clear_gradients(self.optimizer)
         per_step = settings.gradient_accumulation_steps
         values = accumulate(
             self.parallel, islice(batches, per_step), self._run.loss(step), self.precision, single=per_step == 1
@@ -232,7 +233,9 @@ class Trainer:
         bad = unstable(values["loss"], norms, self.settings.inf_post_clip_threshold)
         trouble = bad & ~(values["overflow"] & torch.isfinite(values["loss"])) if self.precision.scaled else bad
         values |= {"grad_norm": norms.after, "grad_norm_before_clip": norms.before, "skipped": bad, "unstable": trouble}
-        return gradients, values | self._telemetry.gradients(done, gradients)
+        statistics = self._telemetry.gradients(done, gradients)
+        values |= {name: whole(value) for name, value in statistics.items()}
+        return [own_part(gradient) for gradient in gradients], values
 
     def _after_step(self) -> None:
         """Validation, and the checkpoints that are due."""

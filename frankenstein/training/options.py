@@ -28,7 +28,6 @@ class TrainingOptions:
         "How several processes (torchrun) train: ddp, each with the whole model, or fsdp2, each with a part of it. "
         "One process takes no notice.",
         enum=["ddp", "fsdp2"],
-        not_built={"const": "fsdp2"},
     )
     compile: bool = option(
         False,

@@ -9,13 +9,16 @@ Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.Distrib
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from frankenstein.errors import FrankensteinError, NotBuiltYetError
+from frankenstein.errors import FrankensteinError
 from frankenstein.training.options import TrainingOptions
 from frankenstein.training.processes import ALONE, Processes
 
@@ -25,6 +28,8 @@ class Parallel:
 
     `model` is the model itself, for its state and names; only what goes through `call` is known to the others.
     """
+
+    whole = True  # every process has all weights
 
     def __init__(self, model: nn.Module, processes: Processes = ALONE) -> None:
         self.model, self.processes = model, processes
@@ -45,8 +50,32 @@ class Parallel:
             if p.grad is not None:
                 p.grad.div_(divisor)
 
+    def clear_gradients(self, optimizer: Optimizer) -> None:
+        """Before a step."""
+        optimizer.zero_grad(set_to_none=True)
 
-class _Pass(nn.Module):
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Take a new optimizer, which has not stepped yet."""
+
+    def optimized(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters, as the optimizer has them."""
+        yield from self.model.named_parameters()
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Whole weights, on the CPU, where the model of a process has parts; all take part. None: they are in it."""
+        return None
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Its state_dict, of whole tensors; all take part."""
+        return optimizer.state_dict()
+
+    def load(self, file: Path, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Take the weights of a file, and an optimizer's state."""
+        load_model(self.model, str(file))
+        optimizer.load_state_dict(state)
+
+
+class Pass(nn.Module):
     """Any use of a model as one forward call, as wrappers want it; the head, say, is no part of an encoder's own."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,7 +97,7 @@ class Replicated(Parallel):
     def __init__(self, model: nn.Module, processes: Processes) -> None:
         super().__init__(model, processes)
         # Buffers of encoders are constants.
-        self._wrapped = DistributedDataParallel(_Pass(model), forward_sync_buffers=False, gradient_as_bucket_view=True)
+        self._wrapped = DistributedDataParallel(Pass(model), forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """function(model, *arguments), a forward pass."""
@@ -86,21 +115,47 @@ class Replicated(Parallel):
             yield
 
 
-def parallel_training(model: nn.Module, options: TrainingOptions, processes: Processes) -> Parallel:
-    """The way of training that the options ask for, when there are several processes.
+def check_parallel(options: TrainingOptions, processes: Processes) -> None:
+    """Whether these processes can train with these options.
 
-    Args:
-        model: the same weights in every process, on its device.
     Raises:
-        FrankensteinError: when there are more processes than rows to share out.
+        FrankensteinError: when there are more processes than rows to share out, or the optimizer cannot be sharded.
     """
     if not processes.several:
-        return Parallel(model)
+        return
     if options.batch_size < processes.size:
         raise FrankensteinError(
             f"training.batch_size is {options.batch_size}, shared by {processes.size} processes; "
             "expected at least one row for each"
         )
-    if options.distributed != "ddp":
-        raise NotBuiltYetError(f"training.distributed: {options.distributed} is not built yet; expected ddp")
+    if options.distributed == "fsdp2":
+        from frankenstein.training.sharded import check_sharding
+
+        check_sharding(options)
+
+
+def parallel_training(model: nn.Module, options: TrainingOptions, processes: Processes) -> Parallel:
+    """The way of training that the options ask for, when there are several processes.
+
+    Args:
+        model: the same weights in every process, on its device.
+    """
+    if not processes.several:
+        return Parallel(model)
+    if options.distributed == "fsdp2":
+        from frankenstein.training.sharded import Sharded  # its imports take a second
+
+        return Sharded(model, processes)
     return Replicated(model, processes)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in place."""
+    part: Tensor = tensor if type(tensor) is Tensor else tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be spread over processes, put together; all take part."""
+    together: Tensor = tensor if type(tensor) is Tensor else tensor.full_tensor()  # type: ignore[attr-defined]
+    return together

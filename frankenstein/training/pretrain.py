@@ -29,7 +29,7 @@ from frankenstein.training.compiled import compile_layers
 from frankenstein.training.loop import LoopSettings, Trainer
 from frankenstein.training.mlm import MlmObjective
 from frankenstein.training.options import TrainingOptions
-from frankenstein.training.parallel import parallel_training
+from frankenstein.training.parallel import Parallel, check_parallel, parallel_training
 from frankenstein.training.processes import ALONE, Processes, processes
 from frankenstein.training.row_origins import RowOrigins
 
@@ -58,7 +58,6 @@ def pretrain(  # noqa: PLR0913  the stage's options and paths, each by its name
     max_tokens and max_seconds may end it before scheduler_total_steps; "ended_by" in the metrics says which limit did.
     Started by torchrun, all processes call this; they share the work, and the first one writes. All read the same
     folders, so several machines need a common file system.
-
     Args:
         threads: CPU threads of a process; the weights' bits depend on it.
         tokens, tokenizer: artifacts of the text room.
@@ -71,6 +70,7 @@ def pretrain(  # noqa: PLR0913  the stage's options and paths, each by its name
     """
     prepare_torch(threads)
     with processes() as together:
+        check_parallel(training_options, together)
         words = Tokenizer.load(tokenizer)
         train, valid = TokenRows.open(tokens, "train"), TokenRows.open(tokens, "valid")
         _check_inputs(tokens, train, words, training_options.max_length)
@@ -96,8 +96,8 @@ def pretrain(  # noqa: PLR0913  the stage's options and paths, each by its name
             parallel=parallel,
         )
         history = trainer.run()
-        summary = _summary(history, encoder, trainer.state)
-        together.same(lambda: _write(encoder, words, out, metrics, summary, curve, history))
+        summary, whole = _summary(history, encoder, trainer.state), _whole(encoder, parallel, model_options, seed)
+        together.same(lambda: _write(whole, words, out, metrics, summary, curve, history))
         trainer.finish()
     return summary
 
@@ -139,6 +139,16 @@ def _build(options: ModelOptions, vocab_size: int, max_length: int, seed: int) -
     if options.use_bitnet:
         convert_to_bitlinear(encoder, embeddings=options.use_bitnet_embedding)
     return encoder.to(best_device())
+
+
+def _whole(encoder: Encoder, parallel: Parallel, options: ModelOptions, seed: int) -> Encoder:
+    """The encoder, or a copy with whole weights where the processes have parts of it."""
+    weights = parallel.weights()
+    if weights is None:
+        return encoder
+    copy = _build(options, encoder.vocab_size, encoder.max_length, seed)
+    copy.load_state_dict(weights)
+    return copy
 
 
 def mlm_objective(

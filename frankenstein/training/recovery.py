@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from frankenstein.training.checkpoints import CheckpointError, torch_generators
 from frankenstein.training.emergency import REPLAY, BadStep, save_emergency
-from frankenstein.training.guard import TrainingStopped, not_finite
+from frankenstein.training.guard import TrainingStopped
 from frankenstein.training.inspection import Inspection, describe
 from frankenstein.training.readings import Reading
 from frankenstein.training.run import Run
@@ -62,10 +62,12 @@ class Recovery:
     def _lost(self) -> list[str]:
         """Weights that hold NaN or Inf in any process."""
         run = self.run
-        return run.processes.union(not_finite(run.trained.model, run.trained.optimizer))
+        return run.processes.union(run.trained.not_finite())
 
     def _dump(self, bad: BadStep) -> str:
         """What the emergency folder says, in a sentence or two; the first of several processes writes it."""
+        if not self.run.parallel.whole:  # all are needed for the state
+            return self._write(bad)
         return self.run.processes.same(lambda: self._write(bad))
 
     def _write(self, bad: BadStep) -> str:

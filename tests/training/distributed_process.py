@@ -17,6 +17,7 @@ import torch
 from frankenstein import cli
 from frankenstein.errors import FrankensteinError
 from frankenstein.runtime import prepare_torch
+from frankenstein.training import sharded
 from frankenstein.training.loop import Trainer
 from frankenstein.training.mlm import MlmObjective
 from frankenstein.training.options import OptimizerOptions
@@ -78,7 +79,7 @@ def keep_results(path: str) -> None:
     finish = Trainer.finish
 
     def keep(self: Trainer) -> None:
-        weights = {name: tensor.cpu().clone() for name, tensor in self.model.state_dict().items()}
+        weights = self.parallel.weights() or {name: t.cpu().clone() for name, t in self.model.state_dict().items()}
         parts = {"weights": weights, "history": self.state.history, "generator": torch.get_rng_state()}
         torch.save(parts, path)
         finish(self)
@@ -121,6 +122,7 @@ def start(job: dict[str, Any], rank: int, port: int) -> int:
 
 
 def serve() -> None:
+    assert sharded.Sharded  # imported once for all
     prepare_torch(1)
     for line in sys.stdin:
         job = json.loads(line)

@@ -16,27 +16,30 @@ import torch
 from safetensors.torch import load_file
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.optimizers.contract import CONTRACTS
 from frankenstein.quantization.options import QuantizeOptions
 from frankenstein.sentence.finetune import finetune, finetune_sbert
 from frankenstein.sentence.options import SbertOptions
 from frankenstein.sentence.pairs import PairData
 from frankenstein.training.mlm import MlmBatch
 from frankenstein.training.objective import Objective
-from frankenstein.training.options import TrainingOptions
+from frankenstein.training.options import OptimizerOptions, TrainingOptions
 from frankenstein.training.processes import Processes, processes
 from frankenstein.training.replay import replay
+from frankenstein.training.sharded import ELEMENTWISE, check_sharding
 from frankenstein.training.ternary import quantize_encoder
 from tests.training.tiny_language import LENGTH, SHAPE, write_language
 from tests.training.training_standin import trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
-# Shares of 2 and 3 rows; the fifth documents leave a share without any position now and then.
+# Shares of 2 and 3 rows.
 TRAINING = {
     "scheduler_total_steps": STEPS, "batch_size": 5, "gradient_accumulation_steps": 2, "log_gradient_stats": True,
     "gradient_log_interval": 1, "enable_block_grad_norms": True, "telemetry_log_interval": 1,
 }  # fmt: skip
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": os.environ["PATH"]}
+MODES = pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 NUMBERS = ("loss", "accuracy", "valid_loss", "valid_accuracy", "grad_norm", "learning_rate")
 
 
@@ -128,8 +131,11 @@ def assert_equal_weights(result: Result) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_several_processes_have_the_losses_and_weights_of_one(machine: Machine, alone: Result, size: int) -> None:
-    together = machine.run(f"together{size}", size)
+@MODES
+def test_several_processes_have_the_losses_and_weights_of_one(
+    machine: Machine, alone: Result, mode: str, size: int
+) -> None:
+    together = machine.run(f"{mode}{size}", size, training={"distributed": mode})
     assert_equal_weights(together)
     assert_same_to_rounding(together, alone)
     summary, single = (json.loads((run.out / "metrics.json").read_text()) for run in (together, alone))
@@ -138,17 +144,18 @@ def test_several_processes_have_the_losses_and_weights_of_one(machine: Machine, 
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@MODES
 def test_a_run_goes_on_with_another_number_of_processes(
-    machine: Machine, alone: Result, before: int, after: int
+    machine: Machine, alone: Result, mode: str, before: int, after: int
 ) -> None:
-    name = f"from{before}to{after}"
-    died = machine.run(name, before, die_at=7)
+    name, training = f"{mode}-from{before}to{after}", {"distributed": mode}
+    died = machine.run(name, before, die_at=7, training=training)
     assert died.codes[-1] == -signal.SIGKILL
     if before == 2:
         assert died.codes[0] == 2
         assert "another process of this training has ended" in died.texts[0]
         assert "run again to go on from the newest checkpoint" in died.texts[0]
-    went_on = machine.run(name, after)
+    went_on = machine.run(name, after, training=training)
     assert_equal_weights(went_on)
     assert len(list((went_on.out / "resume").glob("*/*"))) == 0
     assert_same_to_rounding(went_on, alone)
@@ -176,12 +183,29 @@ def test_float16_scales_alike_in_all_processes(machine: Machine) -> None:
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
-def test_a_step_that_goes_wrong_in_one_process_is_skipped_by_all(machine: Machine) -> None:
-    result = machine.run("poisoned", 2, poison_at=5)
+@MODES
+def test_a_step_that_goes_wrong_in_one_process_is_skipped_by_all(machine: Machine, mode: str) -> None:
+    result = machine.run(f"{mode}-poisoned", 2, poison_at=5, training={"distributed": mode})
     assert_equal_weights(result)
     assert "step 6 is unstable" in result.texts[0] and "step 6" not in result.texts[1]
     assert [path.name for path in (result.out / "resume").glob("*/*")] == ["emergency-00000005"]
     assert result.held()["history"][5]["loss"] is None
+
+
+@pytest.mark.parametrize("method", ["sophia", "schedulefree_adamw"])
+def test_parts_of_a_method_s_state_are_those_of_the_whole(machine: Machine, method: str) -> None:
+    training = {"distributed": "fsdp2", "scheduler_total_steps": 5}
+    one, two = (machine.run(f"parts-{method}{n}", n, optimizer=method, training=training) for n in (1, 2))
+    assert_equal_weights(two)
+    for name, tensor in two.held()["weights"].items():
+        torch.testing.assert_close(tensor, one.held()["weights"][name], atol=1e-6, rtol=0)
+
+
+@MODES
+def test_weights_that_layers_share_loops_and_experts_are_trained_together(machine: Machine, mode: str) -> None:
+    model = {"layer_pattern": ["hgrn2_attn"], "num_loops": 2, "use_moe": True, "gradient_checkpointing": True}
+    result = machine.run(f"{mode}-shared", 2, model=model, training={"scheduler_total_steps": 3, "distributed": mode})
+    assert_equal_weights(result)
 
 
 def test_all_processes_stop_when_the_retries_are_used_up(machine: Machine) -> None:
@@ -200,6 +224,31 @@ def test_more_processes_than_rows_are_refused(machine: Machine) -> None:
     result = machine.run("few", 2, training={"batch_size": 1})
     assert result.codes == [2, 2]
     assert "training.batch_size is 1, shared by 2 processes; expected at least one row for each" in result.texts[0]
+
+
+def test_a_method_that_needs_whole_matrices_is_refused_in_parts(machine: Machine) -> None:
+    result = machine.run("muon-parts", 2, optimizer="muon", training={"distributed": "fsdp2"})
+    assert result.codes == [2, 2]
+    assert "optimizer.optimizer_class is muon, which needs whole tensors; expected ddp, or one of" in result.texts[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(CONTRACTS) - set(ELEMENTWISE)))
+def test_every_other_method_is_refused_in_parts(name: str) -> None:
+    with pytest.raises(FrankensteinError, match=f"optimizer_class is {name}, which needs whole tensors"):
+        check_sharding(TrainingOptions(distributed="fsdp2", optimizer=OptimizerOptions(name)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"use_galore": True}, "use_galore is true"),
+        ({"use_amp": True, "amp_dtype": "float16"}, "amp_dtype is float16"),
+        ({"compile": True}, "compile is true"),
+    ],
+)
+def test_options_that_need_whole_tensors_are_refused_in_parts(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(FrankensteinError, match=message):
+        check_sharding(TrainingOptions(distributed="fsdp2", **values))
 
 
 def test_the_command_line_prepares_the_text_once_and_trains_together(machine: Machine) -> None:

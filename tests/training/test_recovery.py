@@ -200,11 +200,11 @@ def test_a_bad_batch_alone_changes_no_weight_and_goes_back_to_none(tmp_path: Pat
 def test_what_is_not_finite_is_named_with_its_state() -> None:
     net = nn.Linear(2, 2)
     optimizer = AdamW(net.parameters())
-    assert not_finite(net, optimizer) == []
+    assert not_finite(net.named_parameters(), optimizer) == []
     net(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     optimizer.state[net.bias]["exp_avg_sq"][0] = torch.inf
-    assert not_finite(net, optimizer) == ["bias (exp_avg_sq)"]
+    assert not_finite(net.named_parameters(), optimizer) == ["bias (exp_avg_sq)"]
     with torch.no_grad():
         net.weight[0, 0] = torch.nan
-    assert not_finite(net, optimizer) == ["weight", "bias (exp_avg_sq)"]
+    assert not_finite(net.named_parameters(), optimizer) == ["weight", "bias (exp_avg_sq)"]
