@@ -73,8 +73,9 @@ class _BlockScan(torch.autograd.Function):
     @staticmethod
     @in_full_precision
     def backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, gates = ctx.saved_tensors[:5]
-        x, kept, plan = Inputs(*inputs), ctx.saved_tensors[5:], ctx.plan
+        saved = ctx.saved_tensors  # read once: gradient checkpointing computes them when they are asked for
+        *inputs, gates = saved[:5]
+        x, kept, plan = Inputs(*inputs), saved[5:], ctx.plan
         d_o = _to_blocks([d_o], plan)
         d_x = Inputs(*(torch.zeros_like(t) for t in x))
         d_gates = torch.zeros_like(gates[..., 0])
