@@ -54,7 +54,7 @@ PEERS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
     "adopt": [("timm.optim", "Adopt", {"foreach": True})],
     "lamb": [("timm.optim", "Lamb", {})],
     "mars_adamw": [("timm.optim", "Mars", {})],
-    "cautious_adamw": [("timm.optim", "AdamW", {"caution": True})],
+    "cautious_adamw": [("timm.optim", "AdamWLegacy", {"caution": True, "foreach": True})],
     "prodigy": [("prodigyopt", "Prodigy", {})],
 }
 
@@ -97,7 +97,10 @@ def build_peer(module: str, cls: str, arguments: dict[str, Any], members: dict[s
         return "not installed"
     peer = getattr(importlib.import_module(module), cls)
     if (module, cls) != ("torch.optim", "Muon"):
-        return [peer(flatten(members), **arguments)]
+        optimizer = peer(flatten(members), **arguments)
+    if module == "schedulefree":
+        optimizer.train()  # it refuses to step otherwise
+    return [optimizer]
     if iteration_dtype("bfloat16", members["hidden"][0].device) != torch.bfloat16:
         return "iterates in bfloat16, which this CPU emulates: minutes a step"
     others = torch.optim.AdamW(members["embedding"] + members["vector"], fused=True)
