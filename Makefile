@@ -49,4 +49,4 @@ mixers-report: $(STAMP) ## table and picture of those experiments
 	python -m benchmarks.mixers_on_sample report
 
 clean:           ## remove artifacts and caches; keep .venv
-	rm -rf data/cache data/tokenizer data/tokens data/encoder data/quantized data/sbert data/embeddings data/.resume reports/logs
+	rm -rf data/cache data/tokenizer data/tokens data/encoder data/quantized data/sbert data/embeddings data/.resume data/.compiled data/race reports/logs
