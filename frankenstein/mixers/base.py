@@ -77,6 +77,14 @@ class Mixer(nn.Module):
         return {}
 
 
+GPU_ELEMENTS = 1 << 26  # of a temporary: 256 MB in float32, more than fills a GPU
+
+
+def at_once(x: Tensor, on_cpu: int) -> int:
+    """Elements of a temporary on the device of `x`: a CPU's cache holds `on_cpu`; a GPU wants large steps and few."""
+    return on_cpu if x.is_cpu else max(on_cpu, GPU_ELEMENTS)
+
+
 MIXERS: Registry[type[Mixer]] = Registry("mixer", "frankenstein.mixers")
 
 

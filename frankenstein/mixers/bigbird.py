@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
-from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
+from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, at_once, repeat_heads
 from frankenstein.mixers.block_sparse import Piece, Rows, Segments, Tokens, additive, masked_softmax, merged_attention
+from frankenstein.mixers.gpu_kernels import block_attention, block_mask, flex
 from frankenstein.mixers.standard_attn import softmax_attention
 from frankenstein.options import option
 
@@ -171,6 +172,11 @@ def bigbird_attention(  # noqa: PLR0913  the pattern has three numbers of its ow
     """
     batch, length, heads, _ = q.shape
     _check_drawn(rand_blocks, length, block_size, causal)
+    if flex(q, block_size):
+        table = _block_table(q, rand_blocks, block_size, full_blocks, mask, causal)
+        real = None if mask is None else mask.sum(1)
+        blocks = block_mask(table, length, block_sizes=(block_size, block_size), lengths=real, causal=causal)
+        return block_attention(q, k, v, blocks, mask=mask, scale=scale)
     short, lengths = -length % block_size, _lengths(q, mask)
     # Heads become rows, since each has its own blocks: (B H, T, 1, K).
     q, k, v = (F.pad(x.transpose(1, 2), (0, 0, 0, short)).flatten(0, 1)[:, :, None].contiguous() for x in (q, k, v))
@@ -183,6 +189,23 @@ def bigbird_attention(  # noqa: PLR0913  the pattern has three numbers of its ow
     o = merged_attention(q, k, v, pieces, scale=scale)
     o = o.view(batch, heads, length + short, -1)[:, :, :length].transpose(1, 2)
     return o if mask is None else o.masked_fill(~mask[:, :, None, None], 0.0)
+
+
+def _block_table(
+    q: Tensor, drawn: Tensor, block_size: int, full_blocks: int, mask: Tensor | None, causal: bool
+) -> Tensor:
+    """(B, H, n, n) bool: the kept pairs of blocks."""
+    drawn = drawn.to(q.device).expand(q.shape[0], q.shape[2], -1, -1)
+    block = torch.arange(-(-q.shape[1] // block_size), device=q.device)
+    kept = ((block[:, None] - block).abs() <= 1).repeat(*drawn.shape[:2], 1, 1)
+    kept[:, :, 1 : len(block) if causal else -1].scatter_(3, drawn, True)
+    kept[..., 0] = True
+    if causal:
+        return kept.tril()
+    lengths = torch.tensor(_lengths(q, mask), device=q.device)[:, None, None, None]
+    last = (lengths - 1) // block_size
+    ends = (block == 0) | (block == last)
+    return kept | ends | ends.mT | (last < full_blocks)
 
 
 def _lengths(q: Tensor, mask: Tensor | None) -> list[int]:
@@ -277,7 +300,7 @@ def _chosen_pieces(q: Tensor, chosen: Tensor, counts: Tensor, lengths: list[int]
     blocks = q.shape[1] // block_size
     rows = torch.arange(q.shape[0], device=q.device)[:, None, None] * blocks
     chosen = chosen.flatten(0, 1).clamp(0, blocks - 1) + rows
-    group = max(1, GATHERED // (q.shape[0] * allowed.shape[-1] * q.shape[-1]))
+    group = max(1, at_once(q, GATHERED) // (q.shape[0] * allowed.shape[-1] * q.shape[-1]))
     pieces = []
     for start in range(0, chosen.shape[1], group):
         stop = min(start + group, chosen.shape[1])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from frankenstein.errors import FrankensteinError
 from frankenstein.mixers.decay_tree import LEAF, decay_totals, tree_climb, tree_descend, tree_scores
+from frankenstein.mixers.gpu_kernels import in_both_directions, log_decay, recurrent_kernel
 
 PART = 1 << 18  # elements of the queries of one part on CPU; other devices take all chunks at once
 
@@ -64,13 +65,19 @@ def gla_chunked(  # noqa: PLR0913  the operators' own arguments
     reverse: tuple[Tensor, Tensor] | None = None,
     initial_state: Tensor | None = None,
     both_ways: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`gla`, or with `both_ways` the rule for encoders; see gla.py. Computed in float32 at least.
+) -> tuple[Tensor, Tensor | None]:
+    """`gla`, or with `both_ways` the rule for encoders; see gla.py. Computed in float32 at least, or by a GPU kernel.
 
     Args:
         reverse: keys and log decays of the direction from right to left; None means k and g.
-    Returns:  output (B, T, H, V), final state (B, H, K, V) of the direction from left to right.
+    Returns:  output (B, T, H, V), final state (B, H, K, V) of the direction from left to right; with `both_ways` it may
+        be None.
     """
+    if (kernel := recurrent_kernel("chunk_gla", q, v)) is not None:
+        if both_ways:
+            back = None if reverse is None else (reverse[0], log_decay(reverse[1]))
+            return in_both_directions(kernel, q, k, v, (log_decay(g),), reverse=back, scale=scale), None
+        return kernel(q, k, v, log_decay(g), scale=scale, initial_state=initial_state, output_final_state=True)
     length = q.shape[1]
     size = chunk_length(length, chunk_size)
     inputs = [q, v, k, g, *(reverse or ())]

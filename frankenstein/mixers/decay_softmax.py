@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from frankenstein.mixers.base import at_once
+from frankenstein.mixers.delta_chunks import in_full_precision
 
 ROWS = 128  # query rows of a tile
 LOGITS = 1 << 18  # logits of a tile: 1 MB in float32, what the cache of a core holds
@@ -96,7 +98,7 @@ class DecaySoftmax(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @in_full_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, c and e."""
         q, k, v, c, e, real, o, lse = ctx.saved_tensors
@@ -137,7 +139,7 @@ def _widen(x: Tensor, channels: int) -> Tensor:
 def _tiles(queries: Tensor, keys: Tensor, decay: Decay) -> Iterator[Tile]:
     """Rows from first to last, and for each the heads in groups, with the keys that can matter to them."""
     count, length = decay.c.shape
-    least = _least_decay(queries, keys)
+    least, most = _least_decay(queries, keys), at_once(queries, LOGITS)
     for a in range(0, length, ROWS):
         b = min(a + ROWS, length)
         first = 0 if decay.window is None else max(0, a - decay.window + 1)
@@ -150,7 +152,7 @@ def _tiles(queries: Tensor, keys: Tensor, decay: Decay) -> Iterator[Tile]:
         n0, s, t = 0, starts[0], ends[0]
         for n1 in range(1, count):
             wider = min(s, starts[n1]), max(t, ends[n1])
-            if (n1 + 1 - n0) * (b - a) * (wider[1] - wider[0] - first) > LOGITS:
+            if (n1 + 1 - n0) * (b - a) * (wider[1] - wider[0] - first) > most:
                 yield Tile(n0, n1, a, b, first + s, t)
                 n0, wider = n1, (starts[n1], ends[n1])
             s, t = wider

@@ -28,6 +28,7 @@ from frankenstein.mixers.delta_chunks import (
     to_chunks,
     wide,
 )
+from frankenstein.mixers.gpu_kernels import log_decay, recurrent_kernel
 
 
 def gated_delta_rule_recurrent(
@@ -189,6 +190,9 @@ def _chunked(  # noqa: PLR0913  what both operators take
     chunk_size: int,
 ) -> tuple[Tensor, Tensor | None]:
     scale, dtype = q.shape[-1] ** -0.5 if scale is None else scale, v.dtype
+    if (kernel := recurrent_kernel("chunk_delta_rule" if g is None else "chunk_gated_delta_rule", q, v)) is not None:
+        gates = (beta.to(v.dtype),) if g is None else (log_decay(g), beta)
+        return kernel(q, k, v, *gates, scale=scale, initial_state=state, output_final_state=output_final_state)
     size = -(-q.shape[1] // -(-q.shape[1] // chunk_size))  # chunks of equal length waste the least
     state = None if state is None else wide(state).flatten(0, 1)
     with full_precision(q):

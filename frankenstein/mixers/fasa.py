@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
-from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
+from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, at_once, repeat_heads
 from frankenstein.mixers.contextual_agreement import (
     best_chunks,
     check_pairing,
@@ -123,6 +123,8 @@ def fasa_attention(  # noqa: PLR0913  the published interface
     if q.shape[1] <= n_fac:
         o = softmax_attention(q, k, v, key_padding_mask=mask, causal=causal, scale=settings.scale)
         return o if mask is None else o.masked_fill(~mask[:, :, None, None], 0.0)
+    if not q.is_cpu:
+        return _masked(q, k, v, settings, mask)
     outputs = []
     for example, length in enumerate(valid_lengths(q, mask)):
         row = q[example, :length], k[example, :length], v[example, :length]
@@ -162,6 +164,26 @@ def _selected(
                 index = largest(score, min(s.n_fac, seen))
                 allowed = (score.gather(1, index) != float("-inf")) if s.causal else None
                 yield head, first, index, allowed, _attend(query[rows], key, value, index, allowed, s).to(v.dtype)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, s: _Settings, mask: Tensor | None) -> Tensor:
+    """The same by fused attention under a mask of the selected pairs: what a GPU does faster than gathering."""
+    (batch, length, heads, _), dtype = q.shape, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    channels = s.channels[None, :, None].expand(batch, -1, length, -1)
+    tip_q, tip_k = (x.detach().to(dtype).gather(-1, channels) for x in (q, k))
+    steps, outputs = torch.arange(length, device=q.device), []
+    for rows in steps.split(max(1, at_once(q, length) // (batch * heads * length))):
+        some = slice(int(rows[0]), int(rows[-1]) + 1)
+        with torch.autocast(q.device.type, enabled=False):
+            score = tip_q[:, :, some] @ tip_k.mT
+        hidden = torch.zeros((), dtype=torch.bool, device=q.device) if mask is None else ~mask[:, None, None]
+        hidden = hidden | (steps > rows[:, None]) if s.causal else hidden
+        score = score.masked_fill(hidden, float("-inf"))
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, largest(score, s.n_fac), True) & ~hidden
+        outputs.append(F.scaled_dot_product_attention(q[:, :, some], k, v, kept, scale=s.scale))
+    o = torch.cat(outputs, 2).transpose(1, 2)
+    return o if mask is None else o.masked_fill(~mask[:, :, None, None], 0.0)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, index: Tensor, allowed: Tensor | None, s: _Settings) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from frankenstein.errors import FrankensteinError
 from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
 from frankenstein.mixers.decay_softmax import DecaySoftmax
+from frankenstein.mixers.gpu_kernels import decayed_attention, flex, half_precision
 from frankenstein.options import option
 
 SHORT = 256  # tokens up to which all pairs at once are faster than tiles
@@ -76,6 +77,9 @@ def forgetting_attn(
         window_size: query i sees the keys i - window_size + 1 .. i only; None means all up to i.
     Returns:  (B, T, H, V).
     """
+    if half_precision(q) and flex(q):
+        c = g.double().cumsum(1)
+        return decayed_attention(q, k, v, c, None, window=window_size, scale=scale)
     with torch.autocast(q.device.type, enabled=False):
         dtype, (q, k, v, g) = q.dtype, _widen(q, k, v, g)
         if q.shape[1] <= SHORT:
@@ -103,8 +107,12 @@ def bidirectional_forgetting_attn(
         The others as `forgetting_attn`.
     Returns:  (B, T, H, V).
     """
+    g_rev = g if g_rev is None else g_rev
+    if half_precision(q) and flex(q):
+        back = g_rev.double()
+        return decayed_attention(q, k, v, g.double().cumsum(1), back.cumsum(1) - back, mask=mask, scale=scale)
     with torch.autocast(q.device.type, enabled=False):
-        dtype, (q, k, v, g, g_rev) = q.dtype, _widen(q, k, v, g, g if g_rev is None else g_rev)
+        dtype, (q, k, v, g, g_rev) = q.dtype, _widen(q, k, v, g, g_rev)
         if q.shape[1] <= SHORT:
             return bidirectional_forgetting_attn_dense(q, k, v, g, g_rev=g_rev, mask=mask, scale=scale).to(dtype)
         back = g_rev.double()

@@ -32,6 +32,7 @@ from frankenstein.mixers.delta_chunks import (
 )
 from frankenstein.mixers.deltanet import DeltaProjections, count_directions, draw_weights, gate_inputs, gate_weight
 from frankenstein.mixers.gated_deltanet import decay_bias, decay_scale, value_channels
+from frankenstein.mixers.gpu_kernels import log_decay, recurrent_kernel
 from frankenstein.options import option
 
 
@@ -89,6 +90,9 @@ def kda(  # noqa: PLR0913  the arguments of the other recurrent operators
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise FrankensteinError(f"chunk_size={chunk_size} is not a power of two")
     scale, dtype = q.shape[-1] ** -0.5 if scale is None else scale, v.dtype
+    if (kernel := recurrent_kernel("chunk_kda", q, v)) is not None:
+        options = {"initial_state": initial_state, "output_final_state": output_final_state}
+        return kernel(q, k, v, log_decay(g), beta, scale=scale, **options)
     size = min(chunk_size, 1 << (q.shape[1] - 1).bit_length())
     state = None if initial_state is None else wide(initial_state).flatten(0, 1)
     with full_precision(q):

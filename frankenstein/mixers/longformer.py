@@ -9,13 +9,16 @@ Shapes: q, k (B, T, H, K); v (B, T, H, V).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from frankenstein.errors import FrankensteinError
 from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
 from frankenstein.mixers.block_sparse import Piece, Tokens, additive, band, masked_softmax, merged_attention
+from frankenstein.mixers.gpu_kernels import BLOCK, block_attention, block_mask, flex
 from frankenstein.options import option
 
 QueriesKeysValues = tuple[Tensor, Tensor, Tensor]
@@ -98,11 +101,34 @@ def longformer_attention(  # noqa: PLR0913  the pattern has two numbers and proj
     if first:
         pieces = [_global_rows(q, first, mask, causal)]
         parts.append(merged_attention(queries, keys, values, pieces, scale=scale))
-    if first < length:
+    if first < length and flex(q):
+        settings = (length, window_size // 2, first, causal, q.device)
+        blocks = _band_blocks(*settings) if mask is None else _band_of(mask.sum(1), *settings)
+        parts.append(block_attention(q, k, v, blocks, mask=mask, scale=scale)[:, first:])
+    elif first < length:
         pieces = band(q, length, window_size // 2, first=first, mask=mask, causal=causal)
         parts.append(merged_attention(q[:, first:], k, v, pieces, scale=scale))
     o = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return o if mask is None else o.masked_fill(~mask[:, :, None, None], 0.0)
+
+
+@lru_cache(maxsize=64)
+def _band_blocks(length: int, reach: int, first: int, causal: bool, device: torch.device) -> BlockMask:
+    """The window and the columns of the global tokens, for rows without padding: found once."""
+    return _band_of(None, length, reach, first, causal, device)
+
+
+def _band_of(
+    lengths: Tensor | None, length: int, reach: int, first: int, causal: bool, device: torch.device
+) -> BlockMask:
+    def pattern(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return ((i - j).abs() <= reach) | (j < first)
+
+    block = torch.arange(-(-length // BLOCK), device=device)
+    apart = (block[:, None] - block).abs() * BLOCK - (BLOCK - 1)  # the least distance of their tokens
+    table = (apart <= reach) | (block * BLOCK < first)
+    table = table.tril() if causal else table
+    return block_mask(table[None, None], length, pattern=pattern, lengths=lengths, causal=causal)
 
 
 def _global_rows(q: Tensor, first: int, mask: Tensor | None, causal: bool) -> Piece:

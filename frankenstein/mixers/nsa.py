@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
-from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
+from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, at_once, repeat_heads
 from frankenstein.mixers.selected_blocks import SelectedBlocks
 from frankenstein.mixers.standard_attn import softmax_attention
 from frankenstein.options import option
@@ -228,7 +228,7 @@ def _select(q: Tensor, keys: Tensor, pattern: Pattern, visible: Tensor | None, s
     forced = pattern.forced(length, q.device)
     keys = keys.permute(0, 2, 3, 1)[:, :, None]  # (B, H, 1, K, blocks)
     found = []
-    for rows in torch.arange(length, device=q.device).split(max(1, SCORES // (batch * heads * blocks))):
+    for rows in torch.arange(length, device=q.device).split(max(1, at_once(q, SCORES) // (batch * heads * blocks))):
         some = slice(int(rows[0]), int(rows[-1]) + 1)
         queries = q[:, some].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # (B, H, R, L, K)
         logits = (queries * scale) @ keys

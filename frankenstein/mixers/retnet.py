@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
 from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext
+from frankenstein.mixers.gpu_kernels import in_both_directions, log_decay, recurrent_kernel
 from frankenstein.options import option
 
 DECAYS = ("official", "seed_eq25", "linspace")
@@ -89,6 +90,9 @@ def retention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     log_gamma = log_gamma.detach()
+    if (kernel := recurrent_kernel("chunk_simple_gla", q, v)) is not None:
+        options = {"initial_state": initial_state, "output_final_state": output_final_state}
+        return kernel(q, k, v, g_gamma=log_decay(log_gamma), scale=scale, **options)
     queries, keys, values = (_split(x, chunk_size) for x in (q, k, v))
     decay = scale * _powers(log_gamma, _distance(keys[0]), q).tril()
     written = len(keys) if output_final_state else len(keys) - 1
@@ -139,6 +143,9 @@ def bidirectional_retention(
     padded = None if mask is None else ~mask[:, :, None, None]
     if padded is not None:
         k, v = k.masked_fill(padded, 0.0), v.masked_fill(padded, 0.0)
+    if (kernel := recurrent_kernel("chunk_simple_gla", q, v)) is not None:
+        o = in_both_directions(kernel, q, k, v, scale=scale, g_gamma=log_decay(log_gamma))
+        return o if padded is None else o.masked_fill(padded, 0.0)
     queries, keys, values = (_split(x, chunk_size) for x in (q, k, v))
     decay = scale * _powers(log_gamma, _distance(keys[0]), q)
     before = _carry(keys[:-1], values[:-1], log_gamma)

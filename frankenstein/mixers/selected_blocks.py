@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from frankenstein.mixers.base import at_once
+from frankenstein.mixers.delta_chunks import in_full_precision
 
 ROWS = 64  # queries of a tile, all with the same block
 LOGITS = 1 << 17  # logits that are computed at once
@@ -75,7 +77,7 @@ class SelectedBlocks(torch.autograd.Function):
         return _heads_last(o, q.shape)
 
     @staticmethod
-    @once_differentiable
+    @in_full_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v."""
         q, k, v, real, o, lse = ctx.saved_tensors
@@ -146,7 +148,7 @@ def _groups(chosen: Tensor, width: int) -> Iterator[Tiles]:
     batch, length, heads, blocks = chosen.shape
     members = chosen.permute(0, 2, 3, 1).reshape(batch * heads, blocks, length)
     pairs = int(members.sum()) // len(members) + 1
-    group = max(1, PARTIAL // (pairs * width))
+    group = max(1, at_once(chosen, PARTIAL) // (pairs * width))
     for n0 in range(0, len(members), group):
         inside = members[n0 : n0 + group]
         counts = inside.sum(2).flatten()
@@ -164,7 +166,7 @@ def _groups(chosen: Tensor, width: int) -> Iterator[Tiles]:
 
 def _parts(tiles: Tiles, columns: int) -> Iterator[tuple[Tiles, slice]]:
     """Some tiles at a time, with at most LOGITS logits, and the places of their rows among all."""
-    size = max(1, LOGITS // (ROWS * columns))
+    size = max(1, at_once(tiles.rows, LOGITS) // (ROWS * columns))
     for a in range(0, len(tiles.block), size):
         some = slice(a, a + size)
         part = tiles._replace(block=tiles.block[some], rows=tiles.rows[some])

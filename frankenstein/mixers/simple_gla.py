@@ -17,6 +17,7 @@ from torch import Tensor
 
 from frankenstein.mixers.chunked_gla import chunk_length, chunk_view
 from frankenstein.mixers.decay_tree import decay_totals, tree_scores
+from frankenstein.mixers.gpu_kernels import in_both_directions, log_decay, recurrent_kernel
 
 
 def simple_gla_recurrent(
@@ -119,9 +120,14 @@ def bidirectional_simple_gla(
 
 def _chunked(
     q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], scale: float | None, start: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """Output (B, T, H, V) and the final state of the first direction; a second gate is that of the way back."""
+) -> tuple[Tensor, Tensor | None]:
+    """Output (B, T, H, V) and, one way, the final state; a second gate is that of the way back."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if (kernel := recurrent_kernel("chunk_simple_gla", q, v)) is not None:
+        g, *back = (log_decay(x) for x in gates)
+        if back:
+            return in_both_directions(kernel, q, k, v, (g,), reverse=(k, *back), scale=scale), None
+        return kernel(q, k, v, g, scale=scale, initial_state=start, output_final_state=True)
     size = chunk_length(q.shape[1], chunk_size)
     dtype = torch.promote_types(torch.promote_types(q.dtype, gates[0].dtype), torch.float32)
     inputs = [x.to(dtype) for x in (q, k, v, *(g.unsqueeze(-1) for g in gates))]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
 from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
+from frankenstein.mixers.gpu_kernels import block_attention, block_mask, flex
 from frankenstein.mixers.standard_attn import softmax_attention
 from frankenstein.options import option
 
@@ -177,6 +178,9 @@ def block_sparse_attention(  # noqa: PLR0913  the operator and its settings
     whole = torch.equal(block_map, _allowed_blocks(lengths, length, block_q, block_k, causal).expand_as(block_map))
     if whole and (pvthreshd is None or not block_map.any()):
         o = softmax_attention(q, k, v, key_padding_mask=mask, causal=causal)
+    elif pvthreshd is None and flex(q, block_q, block_k):
+        blocks = block_mask(block_map, length, block_sizes=(block_q, block_k), lengths=lengths, causal=causal)
+        return block_attention(q, k, v, blocks, mask=mask)
     else:
         o = _block_sparse(q, k, v, block_map, lengths, (block_q, block_k), causal, pvthreshd)
     return o if mask is None else o.masked_fill(~mask[:, :, None, None], 0.0)

@@ -24,7 +24,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from frankenstein.mixers.base import at_once
+
 CHUNK = 16  # C
+GPU_CHUNK = 64  # there a step costs a launch: C steps, and T / C between chunks
 TILE_CHANNELS = 512
 TILE_STATES = 2**19  # numbers in each buffer of a tile
 LOG2_E = 1 / math.log(2)  # exp2 is the faster exponential on CPU
@@ -54,10 +57,10 @@ class _TiledScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows, length, _ = u.shape
         y, last = torch.empty_like(u), u.new_zeros(rows, *A.shape)
-        starts = u.new_empty(rows, -(-length // CHUNK) if keep else 0, *A.shape)
+        starts = u.new_empty(rows, -(-length // _chunk(u)) if keep else 0, *A.shape)
         work = _Workspace(u, 2, reverse)
         with torch.autocast(u.device.type, enabled=False):
-            for strip in _strips(u.shape, len(A)):
+            for strip in _strips(u, len(A)):
                 for tile in strip[::-1] if reverse else strip:
                     w, step, state = work.on(tile), tile.tokens_of(dt), tile.state_of(last)
                     w.fill(step, step * tile.tokens_of(u), tile.weights_of(B), tile.rates_of(A))
@@ -79,7 +82,7 @@ class _TiledScan(torch.autograd.Function):
         dA, dB, dC = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
         work = _Workspace(u, 3, ctx.reverse)
         with torch.autocast(u.device.type, enabled=False):
-            for strip in _strips(u.shape, len(A)):
+            for strip in _strips(u, len(A)):
                 for tile in strip if ctx.reverse else strip[::-1]:
                     w, start, rates = work.on(tile), tile.starts_of(starts), tile.rates_of(A)
                     v, step, d_out = (tile.tokens_of(x) for x in (u, dt, dy))
@@ -112,12 +115,16 @@ def _over_channels(x: Tensor, states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Tile:
-    """What is computed at once: R rows, G chunks of L tokens (S = G L) and E channels; shape is (R, G, L, N, E)."""
+    """What is computed at once: R rows, G chunks of L tokens (S = G L) and E channels; shape is (R, G, L, N, E).
+
+    `chunk` is C; L is less in the last tile only.
+    """
 
     rows: slice
     tokens: slice
     channels: slice
     shape: tuple[int, int, int, int, int]
+    chunk: int
 
     def tokens_of(self, x: Tensor) -> Tensor:
         """(R, S, E) of (B, T, D)."""
@@ -137,32 +144,37 @@ class _Tile:
 
     def starts_of(self, x: Tensor) -> Tensor:
         """(R, G, N, E) of (B, T / C, N, D)."""
-        first = self.tokens.start // CHUNK
+        first = self.tokens.start // self.chunk
         return x[self.rows, first : first + self.shape[1], :, self.channels]
 
 
-def _strips(shape: torch.Size, state_size: int) -> Iterator[list[_Tile]]:
+def _chunk(x: Tensor) -> int:
+    """C on the device of x."""
+    return CHUNK if x.is_cpu else GPU_CHUNK
+
+
+def _strips(u: Tensor, state_size: int) -> Iterator[list[_Tile]]:
     """Lists of tiles: those of one list follow each other in time, different lists are independent."""
-    rows, length, width = shape
-    wide = min(width, TILE_CHANNELS)
-    tokens = max(CHUNK, TILE_STATES // (state_size * wide))
+    (rows, length, width), chunk = u.shape, _chunk(u)
+    wide = min(width, TILE_CHANNELS) if u.is_cpu else width
+    tokens = max(chunk, at_once(u, TILE_STATES) // (state_size * wide))
     high = max(1, min(rows, tokens // length))
     for row in range(0, rows, high):
         for channel in range(0, width, wide):
             r, e = slice(row, min(row + high, rows)), slice(channel, min(channel + wide, width))
             yield [
-                _Tile(r, slice(t, t + chunks * size), e, (r.stop - row, chunks, size, state_size, e.stop - channel))
-                for t, chunks, size in _cut(length, tokens // CHUNK)
+                _Tile(r, slice(t, t + n * size), e, (r.stop - row, n, size, state_size, e.stop - channel), chunk)
+                for t, n, size in _cut(length, chunk, tokens // chunk)
             ]
 
 
-def _cut(length: int, most: int) -> Iterator[tuple[int, int, int]]:
+def _cut(length: int, chunk: int, most: int) -> Iterator[tuple[int, int, int]]:
     """(first token, chunks, tokens a chunk): at most so many whole chunks at once, and one with the rest."""
-    whole, rest = divmod(length, CHUNK)
-    for chunk in range(0, whole, most):
-        yield chunk * CHUNK, min(most, whole - chunk), CHUNK
+    whole, rest = divmod(length, chunk)
+    for n in range(0, whole, most):
+        yield n * chunk, min(most, whole - n), chunk
     if rest:
-        yield whole * CHUNK, 1, rest
+        yield whole * chunk, 1, rest
 
 
 class _Workspace:

@@ -41,7 +41,7 @@ class SiameseObjective(Objective):
     def loss(self, model: nn.Module, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss of the batch, plus the encoder's auxiliary losses."""
         first, second = self._embed(model, batch)
-        loss = self.pair_loss(first, second, batch.targets.to(first.device))
+        loss = self.pair_loss(first, second, batch.targets.to(first.device, non_blocking=True))
         auxiliary: dict[str, Tensor] = model.losses()  # type: ignore[operator]
         return loss + sum(auxiliary.values()), {"tokens": batch.mask.sum()}
 

@@ -1,9 +1,12 @@
 """Batches prepared ahead by background threads, always handed out in the same order."""
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+from torch import Tensor
 
 Make = Callable[[int, int], Any]
 
@@ -31,3 +34,18 @@ def batch_stream(make: Make, *, first_step: int, steps: int, per_step: int, work
                 yield ready.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def pinned(batch: Any) -> Any:
+    """A batch, a dataclass or named tuple, with its tensors in page-locked memory.
+
+    Copies from there to a GPU run beside its other work and do not hold up the program.
+    """
+    if isinstance(batch, Tensor):
+        return batch.pin_memory()
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(pinned, batch))
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = [field.name for field in dataclasses.fields(batch)]
+        return dataclasses.replace(batch, **{name: pinned(getattr(batch, name)) for name in fields})
+    return batch

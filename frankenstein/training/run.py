@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from frankenstein.optimizers.modes import HessianBased, wants_hessian
 from frankenstein.training.accumulation import Loss
+from frankenstein.training.batches import pinned
 from frankenstein.training.checkpoints import Checkpoints, RunState, Trained
 from frankenstein.training.objective import Objective
 from frankenstein.training.parallel import Parallel
@@ -38,7 +39,8 @@ class Run:
     def batch(self, step: int, micro: int) -> Any:
         """This process's share of a micro-batch."""
         batch = self.objective.batch(step, micro)
-        return self.objective.share(batch) if self.processes.several else batch
+        batch = self.objective.share(batch) if self.processes.several else batch
+        return pinned(batch) if self.precision.device.type == "cuda" else batch
 
     def loss(self, step: int) -> Loss:
         """The loss of a step: with sampled labels where the optimizer estimates the Hessian from it."""

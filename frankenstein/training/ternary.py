@@ -104,7 +104,7 @@ def finish_loss(
     """The blend of cross-entropy and divergence, plus the encoder's auxiliary losses; and the values to log."""
     count = max(1, len(batch.labels))
     logits = chosen_logits(model, batch).float()
-    labels = batch.labels.to(logits.device)
+    labels = batch.labels.to(logits.device, non_blocking=True)
     loss = F.cross_entropy(logits, labels, reduction="sum") / count
     if distillation_weight > 0:
         with torch.no_grad():
@@ -117,7 +117,8 @@ def finish_loss(
 
 def _hidden(model: nn.Module, batch: MlmBatch) -> Tensor:
     device = next(model.parameters()).device
-    hidden: Tensor = model(batch.inputs.to(device), None if batch.real is None else batch.real.to(device))
+    real = None if batch.real is None else batch.real.to(device, non_blocking=True)
+    hidden: Tensor = model(batch.inputs.to(device, non_blocking=True), real)
     return hidden
 
 

@@ -124,6 +124,22 @@ def test_bfloat16_autocast_stays_close(name: str) -> None:
     torch.testing.assert_close(low[mask].float(), full, rtol=0.05, atol=0.03 * full.detach().abs().max().item())
 
 
+@pytest.mark.parametrize("length", [LENGTH, 600])
+@pytest.mark.parametrize("name", [name for name in NAMES if MIXERS[name].trainable])
+def test_a_backward_pass_inside_of_autocast_gives_the_same_gradient(name: str, length: int) -> None:
+    mixer, x, gradients = build(name).train(), tokens(length=length).requires_grad_(), []
+    for inside in (False, True):
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = mixer(x, None).float().square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.02 * gradients[0].abs().max().item())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_encoder_accepts_any_mask_and_turns_ternary(name: str) -> None:
     torch.manual_seed(0)

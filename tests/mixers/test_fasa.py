@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.mixers import fasa as fasa_module
 from frankenstein.mixers.base import MixerContext
 from frankenstein.mixers.contextual_agreement import contextual_agreement, dominant_chunks, largest
 from frankenstein.mixers.fasa import FasaAttention, calibrate, fasa, fasa_attention, fasa_dense
@@ -325,3 +326,17 @@ def test_bfloat16_autocast_works_on_the_sparse_path() -> None:
     full = encoder(ids, mask)
     similarity = torch.nn.functional.cosine_similarity(low.float(), full, -1)[mask.bool()]
     assert similarity.mean() > 0.98
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_gpu_form_selects_the_same_pairs(causal: bool, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(2, 70, 2, 8, dtype=torch.float64) for _ in range(3))
+    dominant = torch.tensor([[0, 2], [3, 1]])
+    mask = torch.arange(70) < torch.tensor([[70], [33]]) if padded else None
+    options = {"n_fac": 9, "causal": causal, "mask": mask}
+    expected = fasa_module.fasa_attention(q, k, v, dominant, **options)
+    settings = fasa_module._Settings(9, causal, 8**-0.5, fasa_module._channels(dominant, 8, "interleaved"))
+    monkeypatch.setattr(fasa_module, "at_once", lambda *_: 2 * 2 * 70 * 16)  # 16 queries at a time
+    torch.testing.assert_close(fasa_module._masked(q, k, v, settings, mask), expected)

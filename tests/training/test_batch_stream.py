@@ -2,8 +2,11 @@ import threading
 import time
 
 import pytest
+import torch
 
-from frankenstein.training.batches import batch_stream
+from frankenstein.sentence.pairs import PairBatch
+from frankenstein.training.batches import batch_stream, pinned
+from frankenstein.training.mlm import MlmBatch
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -34,3 +37,14 @@ def test_closing_the_stream_ends_the_threads() -> None:
     stream.close()
     time.sleep(0.05)
     assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+def test_a_pinned_batch_has_every_tensor_pinned_and_the_rest_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x + 100)
+    ids, positions = torch.arange(6).view(2, 3), torch.tensor([1, 4])
+    batch = pinned(MlmBatch(ids, None, positions, positions, tokens=6))
+    assert batch.inputs.tolist() == [[100, 101, 102], [103, 104, 105]] and batch.positions.tolist() == [101, 104]
+    assert batch.real is None and batch.tokens == 6
+    pairs = pinned(PairBatch(ids, ids > 2, torch.zeros(1)))
+    assert isinstance(pairs, PairBatch) and pairs.targets.tolist() == [100.0]
+    assert pinned({"x": 1}) == {"x": 1}
