@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +18,7 @@ def describe() -> dict[str, Any]:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line for line in lines if line.startswith("flags")), "")
+    kernels = {"triton": _version("triton"), "fla-core": _version("fla-core")} if torch.cuda.is_available() else {}
     return {
         "processor": model,
         "cores": os.cpu_count(),
@@ -26,7 +28,16 @@ def describe() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **kernels,
     }
+
+
+def _version(package: str) -> str | None:
+    """Of an installed package, else None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

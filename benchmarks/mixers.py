@@ -2,8 +2,9 @@
 
     python -m benchmarks.mixers --out benchmarks/results/mixers_cpu.json
     python -m benchmarks.mixers --mixers gla_attn mamba --lengths 512 2048 --runs 5
+    python -m benchmarks.mixers --device cuda --precision bfloat16 --lengths 512 2048 8192 --tokens 65536
 
-Every pass has as many tokens as the longest length, so a layer that is linear in T keeps its tokens per second.
+Every pass has the same number of tokens, so a layer that is linear in T keeps its tokens per second.
 `exponent` is the slope of log(seconds a row) over log T, least squares over all lengths. `saved_mb` is what a forward
 pass keeps for the backward pass, weights included; it stays the same where memory is linear in T. Mixers that only run
 in evaluation mode are timed forward only, and so is softmax attention beside them. ode counts one function evaluation
@@ -47,34 +48,46 @@ def build(name: str, width: int, heads: int, device: torch.device) -> Mixer:
     return mixer.train(mixer.trainable)
 
 
-def work(mixer: Mixer, x: Tensor, trainable: bool) -> Any:
+def in_precision(device: torch.device, precision: str) -> torch.autocast:
+    """Context of a forward pass."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def work(mixer: Mixer, x: Tensor, trainable: bool, precision: str) -> Any:
     """One pass: forward and backward, or forward only."""
+    autocast = in_precision(x.device, precision)
 
     def train() -> None:
-        mixer(x, None).sum().backward()
+        with autocast:
+            y = mixer(x, None)
+        y.sum().backward()
         mixer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def evaluate() -> None:
-        mixer(x, None)
+        with autocast:
+            mixer(x, None)
 
     return train if trainable else evaluate
 
 
-def measure(name: str, length: int, tokens: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure(name: str, length: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """One mixer at one length, in turn with softmax attention."""
-    x = torch.randn(max(1, tokens // length), length, args.width, device=device)
+    x = torch.randn(max(1, args.tokens // length), length, args.width, device=device)
     mixer, reference = (build(n, args.width, args.heads, device) for n in (name, "standard_attn"))
-    mine, theirs = work(mixer, x, mixer.trainable), work(reference.train(mixer.trainable), x, mixer.trainable)
+    reference.train(mixer.trainable)
+    mine, theirs = (work(m, x, mixer.trainable, args.precision) for m in (mixer, reference))
     taken, beside = paired(mine, theirs, device, args.runs)
     count = x.shape[0] * length
+    with in_precision(device, args.precision):
+        saved = saved_bytes(lambda: mixer(x, None)) if mixer.trainable else None
     return {
         "mixer": name,
         "length": length,
         "tokens_per_s": round(count / taken, 1),
         "standard_attn_tokens_per_s": round(count / beside, 1),
         "ratio": round(beside / taken, 3),
-        "saved_mb": round(saved_bytes(lambda: mixer(x, None)) / 2**20, 1) if mixer.trainable else None,
+        "saved_mb": None if saved is None else round(saved / 2**20, 1),
         "forward_only": not mixer.trainable,
     }
 
@@ -107,34 +120,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixers", nargs="+", default=None, help="names; default: all that are registered")
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="row lengths T, in tokens")
+    parser.add_argument("--tokens", type=int, default=None, help="tokens of a pass; default: the longest length")
     parser.add_argument("--width", type=int, default=256, help="hidden width D")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each, after a warm-up")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="bfloat16 autocasts")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device, tokens = torch.device(args.device), max(args.lengths)
+    device, args.tokens = torch.device(args.device), args.tokens or max(args.lengths)
     names = args.mixers or [name for name in MIXERS if name != "retnet_attn"]
     rows = []
     print(f"{'mixer':26}{'T':>6}{'tokens/s':>12}{'softmax':>12}{'ratio':>8}{'saved MB':>10}")
     for name in names:
         for length in args.lengths:
-            row = measure(name, length, tokens, args, device)
+            row = measure(name, length, args, device)
             rows.append(row)
             print(
                 f"{name:26}{length:6}{row['tokens_per_s']:12.0f}{row['standard_attn_tokens_per_s']:12.0f}"
                 f"{row['ratio']:8.2f}{row['saved_mb'] if row['saved_mb'] is not None else '-':>10}",
                 flush=True,
             )
-    summary = summarize(rows)
-    for entry in summary:
+        if args.out is not None:  # after every mixer: a run that is cut short keeps what it has measured
+            store(rows, args)
+    for entry in summarize(rows):
         print(f"{entry['mixer']:26} exponent {entry['exponent']:.2f}, ahead of softmax from {entry['ahead_from']}")
-    if args.out is not None:
-        record = {"machine": describe(), "width": args.width, "heads": args.heads, "runs": args.runs}
-        text = json.dumps({**record, "summary": summary, "rows": rows}, indent=1)
-        args.out.write_text(text + "\n", encoding="utf-8")
+
+
+def store(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Write the figures and what they were measured on."""
+    settings = {name: getattr(args, name) for name in ("precision", "width", "heads", "runs", "tokens")}
+    record = {"machine": describe(), **settings, "summary": summarize(rows), "rows": rows}
+    args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

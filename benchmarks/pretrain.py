@@ -2,6 +2,7 @@
 
     python -m benchmarks.pretrain --peers --rounds 15 --out benchmarks/results/pretrain_cpu.json
     python -m benchmarks.pretrain --peers --precision bfloat16 --compile
+    python -m benchmarks.pretrain --peers "ModernBERT, sparse_prediction" --models standard_attn
     python -m benchmarks.pretrain --threads 1 --clock cpu          on a machine with other load
 
 Every encoder takes the same optimizer step on the same masked batch of packed rows: clear the gradients, forward, loss,
@@ -278,7 +279,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     row = draw_batch(1, args.length, args.vocab_size, args.masked_share, device)
     norms = {name: bfloat16_norms(name, row, args) for name in args.models} if args.check_bfloat16 else {}
     sides = [ours(name, batch, args) for name in args.models]
-    sides += [peer(name, batch, args) for name in PEERS] if args.peers else []
+    sides += [peer(name, batch, args) for name in args.peers]
     for side in sides:
         side.flops = product_flops(side, autocast)
         side.loss = torch.compile(side.loss) if args.compile else side.loss
@@ -331,7 +332,10 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(OURS), choices=OURS, help="ours that take part")
-    parser.add_argument("--peers", action="store_true", help="compare with transformers, which must be installed")
+    parser.add_argument(
+        "--peers", nargs="*", default=None, choices=PEERS, metavar="PEER",
+        help=f"models of transformers, which must be installed, to compare with: {', '.join(PEERS)}; none named: all",
+    )  # fmt: skip
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="bfloat16 autocasts")
     parser.add_argument("--compile", action="store_true", help="torch.compile the loss of every side")
     parser.add_argument("--rows", type=int, default=16, help="rows B of the batch")
@@ -350,6 +354,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     args = parser.parse_args()
+    args.peers = [] if args.peers is None else args.peers or list(PEERS)
     if args.peers and find_spec("transformers") is None:
         parser.error("--peers needs transformers, which is not installed: pip install transformers")
     if args.clock == "cpu" and args.device == "cuda":

@@ -22,6 +22,7 @@ ORDER = [
     "quantization",
     "model",
     "mixers",
+    "kernels",
     "text",
     "inputs",
     "tasks",

@@ -85,6 +85,11 @@ def at_once(x: Tensor, on_cpu: int) -> int:
     return on_cpu if x.is_cpu else max(on_cpu, GPU_ELEMENTS)
 
 
+def chunk_on(x: Tensor, asked: int, on_gpu: int) -> int:
+    """Tokens of a chunk on the device of `x`: on a GPU, where every chunk costs launches, at least `on_gpu`."""
+    return asked if x.is_cpu else max(asked, on_gpu)
+
+
 MIXERS: Registry[type[Mixer]] = Registry("mixer", "frankenstein.mixers")
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.mixers.base import chunk_on
 from frankenstein.mixers.decay_tree import LEAF, decay_totals, tree_climb, tree_descend, tree_scores
 from frankenstein.mixers.gpu_kernels import in_both_directions, log_decay, recurrent_kernel
 
@@ -79,7 +80,7 @@ def gla_chunked(  # noqa: PLR0913  the operators' own arguments
             return in_both_directions(kernel, q, k, v, (log_decay(g),), reverse=back, scale=scale), None
         return kernel(q, k, v, log_decay(g), scale=scale, initial_state=initial_state, output_final_state=True)
     length = q.shape[1]
-    size = chunk_length(length, chunk_size)
+    size = chunk_length(length, chunk_on(q, chunk_size, 128))
     inputs = [q, v, k, g, *(reverse or ())]
     if length % size:  # neither writing (k = 0) nor decaying (g = 0), padding changes nothing
         inputs = [F.pad(x, (0, 0, 0, 0, 0, -length % size)) for x in inputs]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from frankenstein.mixers.base import chunk_on
 from frankenstein.mixers.delta_chunks import (
     Gradients,
     bidirectional,
@@ -193,6 +194,7 @@ def _chunked(  # noqa: PLR0913  what both operators take
     if (kernel := recurrent_kernel("chunk_delta_rule" if g is None else "chunk_gated_delta_rule", q, v)) is not None:
         gates = (beta.to(v.dtype),) if g is None else (log_decay(g), beta)
         return kernel(q, k, v, *gates, scale=scale, initial_state=state, output_final_state=output_final_state)
+    chunk_size = chunk_on(q, chunk_size, 64)
     size = -(-q.shape[1] // -(-q.shape[1] // chunk_size))  # chunks of equal length waste the least
     state = None if state is None else wide(state).flatten(0, 1)
     with full_precision(q):

@@ -106,8 +106,9 @@ def block_mask(
     by_row, by_head = table.shape[0] > 1, table.shape[1] > 1
 
     def kept(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        pairs = j < (length if lengths is None else lengths[b])
-        pairs = pairs & (j <= i) if causal else pairs
+        pairs = j <= i if causal else j >= 0
+        if lengths is not None:
+            pairs = pairs & (j < lengths[b])
         if finer is not None:
             pairs = pairs & finer[b if by_row else 0, h if by_head else 0, i // size_q, j // size_k]
         return pairs if pattern is None else pairs & pattern(b, h, i, j)
@@ -188,6 +189,8 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) 
 
 @cache
 def _compiled_flex() -> Callable[..., Tensor]:
+    # Every pattern and every number type is a version of its own; beyond the limit, torch would compute all pairs.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
-from frankenstein.mixers.base import MIXERS, Mixer, MixerContext
+from frankenstein.mixers.base import MIXERS, Mixer, MixerContext, chunk_on
 from frankenstein.mixers.delta_chunks import (
     Gradients,
     bidirectional,
@@ -93,7 +93,7 @@ def kda(  # noqa: PLR0913  the arguments of the other recurrent operators
     if (kernel := recurrent_kernel("chunk_kda", q, v)) is not None:
         options = {"initial_state": initial_state, "output_final_state": output_final_state}
         return kernel(q, k, v, log_decay(g), beta, scale=scale, **options)
-    size = min(chunk_size, 1 << (q.shape[1] - 1).bit_length())
+    size = min(chunk_on(q, chunk_size, 64), 1 << (q.shape[1] - 1).bit_length())
     state = None if initial_state is None else wide(initial_state).flatten(0, 1)
     with full_precision(q):
         inputs = (scale * wide(q), wide(k), wide(v), wide(g), wide(beta))

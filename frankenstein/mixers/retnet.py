@@ -93,6 +93,8 @@ def retention(
     if (kernel := recurrent_kernel("chunk_simple_gla", q, v)) is not None:
         options = {"initial_state": initial_state, "output_final_state": output_final_state}
         return kernel(q, k, v, g_gamma=log_decay(log_gamma), scale=scale, **options)
+    if not q.is_cpu:
+        return _all_at_once(q, k, v, log_gamma, scale, chunk_size, initial_state, keep_state=output_final_state)
     queries, keys, values = (_split(x, chunk_size) for x in (q, k, v))
     decay = scale * _powers(log_gamma, _distance(keys[0]), q).tril()
     written = len(keys) if output_final_state else len(keys) - 1
@@ -146,6 +148,9 @@ def bidirectional_retention(
     if (kernel := recurrent_kernel("chunk_simple_gla", q, v)) is not None:
         o = in_both_directions(kernel, q, k, v, scale=scale, g_gamma=log_decay(log_gamma))
         return o if padded is None else o.masked_fill(padded, 0.0)
+    if not q.is_cpu:
+        o, _ = _all_at_once(q, k, v, log_gamma, scale, chunk_size, both_ways=True)
+        return o if padded is None else o.masked_fill(padded, 0.0)
     queries, keys, values = (_split(x, chunk_size) for x in (q, k, v))
     decay = scale * _powers(log_gamma, _distance(keys[0]), q)
     before = _carry(keys[:-1], values[:-1], log_gamma)
@@ -160,6 +165,52 @@ def bidirectional_retention(
         outputs.append(o)
     o = _join(outputs)
     return o if padded is None else o.masked_fill(padded, 0.0)
+
+
+def _all_at_once(  # noqa: PLR0913  the operators' own arguments
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gamma: Tensor,
+    scale: float,
+    chunk_size: int,
+    state: Tensor | None = None,
+    *,
+    both_ways: bool = False,
+    keep_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Retention without a loop over chunks, for devices where each step of a loop costs more than its arithmetic.
+
+    The states between N chunks are one product with the N x N decays between them. Returns the output and, for
+    `keep_state`, the state after the last token.
+    """
+    length, size = q.shape[1], min(chunk_size, q.shape[1])
+    chunks = -(-length // size)
+    padding = (0, 0, 0, 0, 0, chunks * size - length)  # without a key, padding writes nothing
+    query, key, value = (F.pad(x, padding).unflatten(1, (chunks, size)).permute(0, 3, 1, 2, 4) for x in (q, k, v))
+    step = torch.arange(size, device=q.device)[:, None]
+    decay = scale * _powers(log_gamma, _distance(query[0]), q)
+    o = (query @ key.mT).mul_((decay if both_ways else decay.tril())[:, None]) @ value
+    apart = torch.arange(chunks, device=q.device)
+    apart = apart[:, None] - apart - 1  # whole chunks between a chunk and an earlier one
+    for reverse in range(1 + both_ways):
+        since, until = (size - step, step) if reverse else (step + 1, size - 1 - step)
+        gap = -2 - apart if reverse else apart
+        between = _powers(log_gamma, size * gap.clamp(min=0), q) * (gap >= 0)
+        written = (key * _powers(log_gamma, until, q)[:, None]).mT @ value
+        states = (between @ written.flatten(3)).view_as(written)
+        if state is not None:
+            faded = _powers(log_gamma, size * torch.arange(chunks, device=q.device)[:, None], q)
+            states = states + faded[..., None] * state[:, :, None]
+        o = o + (query * (scale * _powers(log_gamma, since, q))[:, None]) @ states
+    o = o.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
+    if not keep_state:
+        return o, None
+    left = _powers(log_gamma, torch.arange(length - 1, -1, -1, device=q.device)[:, None], k)
+    last = (k.transpose(1, 2) * left).mT @ v.transpose(1, 2)
+    if state is not None:
+        last = last + (log_gamma * length).exp().to(last.dtype)[:, None, None] * state
+    return o, last
 
 
 def _split(x: Tensor, chunk_size: int) -> Sequence[Tensor]:
@@ -179,7 +230,7 @@ def _steps(chunk: Tensor) -> Tensor:
 
 
 def _distance(chunk: Tensor) -> Tensor:
-    """(L, L): |i - j|."""
+    """(L, L): |i - j|, for a chunk (B, H, L, K)."""
     steps = _steps(chunk)
     return (steps - steps.T).abs()
 

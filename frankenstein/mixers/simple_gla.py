@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from frankenstein.mixers.base import chunk_on
 from frankenstein.mixers.chunked_gla import chunk_length, chunk_view
 from frankenstein.mixers.decay_tree import decay_totals, tree_scores
 from frankenstein.mixers.gpu_kernels import in_both_directions, log_decay, recurrent_kernel
@@ -128,7 +129,7 @@ def _chunked(
         if back:
             return in_both_directions(kernel, q, k, v, (g,), reverse=(k, *back), scale=scale), None
         return kernel(q, k, v, g, scale=scale, initial_state=start, output_final_state=True)
-    size = chunk_length(q.shape[1], chunk_size)
+    size = chunk_length(q.shape[1], chunk_on(q, chunk_size, 128))
     dtype = torch.promote_types(torch.promote_types(q.dtype, gates[0].dtype), torch.float32)
     inputs = [x.to(dtype) for x in (q, k, v, *(g.unsqueeze(-1) for g in gates))]
     with torch.autocast(q.device.type, enabled=False):

@@ -18,6 +18,7 @@ a token; it computes the others again, and runs the adjoint recurrence from the 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ LOG2_E = 1 / math.log(2)  # exp2 is the faster exponential on CPU
 def tiled_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence above, in time and memory linear in T.
+    """The recurrence above, in time and memory linear in T; on a GPU, float32 goes to `kernels/selective_scan.py`.
 
     Args:
         u, dt: (B, T, D).
@@ -45,6 +46,10 @@ def tiled_scan(
         reverse: read from the last token to the first.
     Returns:  y (B, T, D), last state (B, D, N).
     """
+    if u.is_cuda and u.dtype == torch.float32 and find_spec("triton") is not None:
+        from frankenstein.kernels.selective_scan import scan
+
+        return scan(u, dt, A, B, C, reverse=reverse)
     tensors = (x.contiguous() for x in (u, dt, A.mT, B, C))
     y, last = _TiledScan.apply(*tensors, reverse, torch.is_grad_enabled())
     return y, last.mT

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.mixers.base import chunk_on
 from frankenstein.mixers.delta_chunks import full_precision
 from frankenstein.mixers.titans_blocks import plan_blocks, scan_blocks
 
@@ -71,6 +72,7 @@ def titans_memory(  # noqa: PLR0913  the operator's six tensors, and its contrac
         FrankensteinError: if chunk_size or block_size is below 1.
     """
     _check_sizes("titans_memory", chunk_size, block_size)
+    block_size = chunk_on(q, block_size, 64)
     if initial_state is None:
         initial_state = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1])
     state = torch.cat([initial_state, torch.zeros_like(initial_state)], 2).flatten(0, 1)
@@ -141,6 +143,7 @@ def bidirectional_titans_memory(  # noqa: PLR0913  the operator's tensors for bo
         FrankensteinError: if chunk_size or block_size is below 1.
     """
     _check_sizes("bidirectional_titans_memory", chunk_size, block_size)
+    block_size = chunk_on(q, block_size, 64)
     padded = None if mask is None else ~mask[:, :, None, None]
     reverse = [theta_rev, alpha_rev, eta_rev]
     if padded is not None:  # read backwards, padding comes first: with theta = 0 it writes nothing

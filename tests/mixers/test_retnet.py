@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.mixers import retnet
 from frankenstein.mixers.base import MIXERS, MixerContext
 from frankenstein.mixers.retnet import (
     MultiScaleRetention,
@@ -141,3 +142,41 @@ def test_the_layer_follows_the_authors_equation() -> None:
 
 def test_both_registered_names_are_the_same_layer() -> None:
     assert MIXERS["retnet"] is MIXERS["retnet_attn"]
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 37])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_without_a_loop_over_chunks_one_way(length: int, with_state: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, length, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    state = torch.randn(2, 3, 4, 4, dtype=torch.float64) if with_state else None
+    log_gamma = retnet.retention_decay(3).log()
+    got, last = retnet._all_at_once(q, k, v, log_gamma, 0.5, 8, state, keep_state=True)
+    expected, final = retnet.retention_recurrent(
+        q, k, v, log_gamma, scale=0.5, initial_state=state, output_final_state=True
+    )
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(last, final)
+    for x, y in zip(
+        torch.autograd.grad(got.sin().sum(), (q, k, v)),
+        torch.autograd.grad(expected.sin().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 37])
+def test_without_a_loop_over_chunks_both_ways(length: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, length, 3, 4, dtype=torch.float64) for _ in range(3))
+    log_gamma = retnet.retention_decay(3).log()
+    got, last = retnet._all_at_once(q, k, v, log_gamma, 0.5, 8, both_ways=True)
+    assert last is None
+    torch.testing.assert_close(got, retnet.bidirectional_retention_recurrent(q, k, v, log_gamma, scale=0.5))
+
+
+def test_without_a_loop_strong_decay_stays_finite() -> None:
+    q, k, v = (torch.randn(1, 130, 1, 4) for _ in range(3))
+    o, _ = retnet._all_at_once(q, k, v, torch.tensor([-3.0]), 0.5, 16, both_ways=True)
+    expected = retnet.bidirectional_retention_recurrent(q, k, v, torch.tensor([-3.0]), scale=0.5)
+    torch.testing.assert_close(o, expected, rtol=1e-4, atol=1e-5)

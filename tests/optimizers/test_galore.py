@@ -283,7 +283,8 @@ def test_a_scheduler_and_values_of_groups_reach_the_wrapped_method() -> None:
         for other, base in zip(plain, (0.05, 0.02), strict=True):
             other.param_groups[0]["lr"] = base / (1 + step)
             other.step()
-    assert same(one, two)
+    for p, q in zip(one, two, strict=True):  # groups are computed together: other sizes of products, other last bits
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_the_state_is_low_rank_and_proxies_are_empty_between_steps() -> None:

@@ -92,7 +92,7 @@ def test_it_follows_torch_muon(ns_dtype: str, emulated: bool, monkeypatch: pytes
 def test_the_map_is_the_published_polynomial_in_float32(name: str, rows: int, columns: int) -> None:
     X = difficult(name, rows, columns)
     found = orthogonalize(X.clone()[None], steps=5, eps=1e-7, exact=True)[0]
-    assert error(found, published_map(X)) < 1e-4
+    assert error(found, published_map(X)) < 2e-4
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 160), (128, 512)])
