@@ -140,6 +140,26 @@ def test_a_backward_pass_inside_of_autocast_gives_the_same_gradient(name: str, l
     torch.testing.assert_close(*gradients, rtol=0.05, atol=0.02 * gradients[0].abs().max().item())
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if MIXERS[name].trainable])
+def test_recomputing_activations_changes_no_gradient(name: str) -> None:
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        options = ModelOptions(
+            vocab_size=50, hidden_size=WIDTH, num_layers=2, num_loops=2, layer_pattern=(name,), ffn_hidden_size=8,
+            dropout=0.1, gradient_checkpointing=recompute,
+        )  # fmt: skip
+        encoder = Encoder(options, max_length=32).train()
+        torch.manual_seed(1)
+        mask = torch.arange(20)[None] < torch.tensor([[20], [13]])
+        loss = encoder(torch.arange(40).view(2, 20), mask).sin().sum() + sum(encoder.losses().values())
+        loss.backward()
+        found.append({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][key]), key
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_encoder_accepts_any_mask_and_turns_ternary(name: str) -> None:
     torch.manual_seed(0)
