@@ -72,6 +72,11 @@ class Mixer(nn.Module):
     def initialize(self) -> None:
         """Set what the authors initialize in their own way; most mixers have nothing of the kind."""
 
+    @property
+    def read_by_others(self) -> bool:
+        """Whether other layers use weights of this one."""
+        return False
+
     def losses(self) -> dict[str, Tensor]:
         """Auxiliary losses of the last forward pass; most mixers have none."""
         return {}

@@ -9,6 +9,7 @@ Source: the softmax statistics of Dao et al. 2022, "FlashAttention", section 3.1
 Shapes: q, k (B, T, H, K); v (B, T, H, V). A piece is b x h dense products of L queries and S keys.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,12 +35,12 @@ def masked_softmax(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, *, scale: f
     return torch.einsum("bhij,bjhv->bihv", weights, v)
 
 
-class Rows:
+class Rows(ABC):
     """Which tokens a piece takes from (B, T, H, K), and how they lie in (b, L, h, K)."""
 
+    @abstractmethod
     def read(self, x: Tensor) -> Tensor:
         """(B, T, H, K) to (b, L, h, K). Of queries it must share memory with x: outputs are written through it."""
-        raise NotImplementedError
 
     def add_(self, x: Tensor, update: Tensor) -> None:
         """Add (b, L, h, K) to the tokens of x that `read` takes."""

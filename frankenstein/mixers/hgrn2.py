@@ -202,6 +202,11 @@ class HGRN2(Mixer):
         self.bounds = nn.Parameter(torch.zeros(context.num_same, state_width)) if owner else None
         self.first = context.earlier[:1]  # in a tuple, so that the layer that owns the bounds is registered once
 
+    @property
+    def read_by_others(self) -> bool:
+        """The first layer's bounds are those of all."""
+        return self.bounds is not None
+
     def lower_bound(self) -> Tensor | None:
         """(H, K); None for the first layer, whose bound is 0 whatever the parameter says."""
         if not self.first:

@@ -15,7 +15,11 @@ Schema = dict[str, Any]
 
 @dataclass(frozen=True)
 class Contract:
-    """What one class takes: published defaults of its families (None: the method has none), its own suffixes."""
+    """What one class takes: published defaults of its families (None: the method has none), its own suffixes.
+
+    `elementwise`: every number of a weight is updated from its own gradient and state alone, so that a part of a tensor
+    is updated as the whole one would be.
+    """
 
     lr: float
     wd: float = 0.0
@@ -23,6 +27,7 @@ class Contract:
     eps: float | None = 1e-8
     own: Mapping[str, Schema] = field(default_factory=dict)
     last_beta_one: bool = False
+    elementwise: bool = False
 
     @property
     def families(self) -> dict[str, Any]:
@@ -102,9 +107,13 @@ def _softening(sign_steps: int | None, transition_steps: int | None) -> dict[str
 
 CONTRACTS: dict[str, Contract] = {
     "sgd_momentum": Contract(
-        0.01, betas=None, eps=None, own={"momentum": _momentum(0.9), "nesterov": _boolean(_NESTEROV, False)}
+        0.01,
+        betas=None,
+        eps=None,
+        own={"momentum": _momentum(0.9), "nesterov": _boolean(_NESTEROV, False)},
+        elementwise=True,
     ),
-    "adamw": Contract(1e-3, 0.01),
+    "adamw": Contract(1e-3, 0.01, elementwise=True),
     "adafactor": Contract(
         0.01,
         betas=None,
@@ -135,7 +144,7 @@ CONTRACTS: dict[str, Contract] = {
             "safeguard_warmup": _boolean("Keep a learning-rate warm-up from inflating the estimate.", False),
         },
     ),
-    "lion": Contract(1e-4, betas=(0.9, 0.99), eps=None),
+    "lion": Contract(1e-4, betas=(0.9, 0.99), eps=None, elementwise=True),
     "sophia": Contract(
         1e-4,
         0.1,
@@ -146,6 +155,7 @@ CONTRACTS: dict[str, Contract] = {
             "bs": _integer("Terms averaged in the Hessian's loss.", 5120),
             "update_k": _integer("Steps between Hessian estimates.", 10),
         },
+        elementwise=True,
     ),
     "muon": Contract(
         0.02,
@@ -157,9 +167,9 @@ CONTRACTS: dict[str, Contract] = {
         },
     ),
     "turbo_muon": Contract(0.02, betas=(0.9, 0.95), eps=1e-10, own=_newton_schulz(4, 1e-6)),
-    "radam": Contract(1e-3),
-    "adan": Contract(1e-3, betas=(0.98, 0.92, 0.99)),
-    "adopt": Contract(1e-3, betas=(0.9, 0.9999), eps=1e-6),
+    "radam": Contract(1e-3, elementwise=True),
+    "adan": Contract(1e-3, betas=(0.98, 0.92, 0.99), elementwise=True),
+    "adopt": Contract(1e-3, betas=(0.9, 0.9999), eps=1e-6, elementwise=True),
     "ademamix": Contract(
         1e-3,
         betas=(0.9, 0.999, 0.9999),
@@ -168,6 +178,7 @@ CONTRACTS: dict[str, Contract] = {
             "alpha_warmup": _integer("Steps over which alpha rises; none when absent."),
             "beta3_warmup": _integer("Steps over which the third beta rises; none when absent."),
         },
+        elementwise=True,
     ),
     "mars_adamw": Contract(
         3e-3,
@@ -201,6 +212,7 @@ CONTRACTS: dict[str, Contract] = {
             "r": _number("Exponent of the step in the average's weights.", 0.0, minimum=0),
             "weight_lr_power": _number("Exponent of the learning rate in the average's weights.", 2.0, minimum=0),
         },
+        elementwise=True,
     ),
     "shampoo": Contract(
         1e-3,
@@ -236,6 +248,7 @@ CONTRACTS: dict[str, Contract] = {
             "nesterov": _boolean(_NESTEROV, False),
             **_softening(9000, 1000),
         },
+        elementwise=True,
     ),
     "softmuon": Contract(0.02, betas=(0.9, 0.95), eps=1e-10, own={**_newton_schulz(5, 1e-7), **_softening(None, None)}),
 }

@@ -20,24 +20,23 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from frankenstein.errors import FrankensteinError
-from frankenstein.mixers.hgrn2 import HGRN2
+from frankenstein.mixers.base import Mixer
+from frankenstein.optimizers.contract import contract
+from frankenstein.optimizers.methods import CONTRACTS
 from frankenstein.training.options import TrainingOptions
 from frankenstein.training.parallel import Parallel, Pass
 from frankenstein.training.processes import Processes
-
-ELEMENTWISE = (
-    "adamw", "sgd_momentum", "lion", "sophia", "radam", "adan", "adopt", "ademamix", "schedulefree_adamw", "softsignum",
-)  # fmt: skip
 
 
 def check_sharding(options: TrainingOptions) -> None:
     """Raise FrankensteinError for options that need more than a part of a tensor."""
     optimizer = options.optimizer
     found = "training.distributed is fsdp2, and training."
-    if optimizer.optimizer_class not in ELEMENTWISE:
+    if not contract(optimizer.optimizer_class).elementwise:
+        elementwise = ", ".join(name for name, rules in CONTRACTS.items() if rules.elementwise)
         raise FrankensteinError(
             f"{found}optimizer.optimizer_class is {optimizer.optimizer_class}, which needs whole tensors; "
-            f"expected ddp, or one of {', '.join(ELEMENTWISE)}"
+            f"expected ddp, or one of {elementwise}"
         )
     if options.use_galore:
         raise FrankensteinError(f"{found}use_galore is true, which needs whole matrices; expected ddp, or false")
@@ -145,7 +144,7 @@ class Sharded(Parallel):
 
 def _read_by_others(block: nn.Module) -> bool:
     """Whether other layers use weights of this one."""
-    return any(isinstance(module, HGRN2) and module.bounds is not None for module in block.modules())
+    return any(isinstance(module, Mixer) and module.read_by_others for module in block.modules())
 
 
 def _expect(key: str, found: torch.Size, expected: torch.Size) -> None:
