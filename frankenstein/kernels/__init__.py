@@ -1,1 +1,1 @@
-"""Triton kernels of our own, imported only where a GPU and Triton are there."""
+"""Kernels of our own: in Triton for a GPU, in C for the CPU. Each has a form in torch operations beside it."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from frankenstein.kernels import selective_scan_cpu
 from frankenstein.mixers.base import at_once
 
 CHUNK = 16  # C
@@ -37,7 +38,7 @@ LOG2_E = 1 / math.log(2)  # exp2 is the faster exponential on CPU
 def tiled_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence above, in time and memory linear in T; on a GPU, float32 goes to `kernels/selective_scan.py`.
+    """The recurrence above, in time and memory linear in T; float32 goes to the kernels where they can run.
 
     Args:
         u, dt: (B, T, D).
@@ -50,6 +51,8 @@ def tiled_scan(
         from frankenstein.kernels.selective_scan import scan
 
         return scan(u, dt, A, B, C, reverse=reverse)
+    if u.is_cpu and u.dtype == torch.float32 and selective_scan_cpu.available():
+        return selective_scan_cpu.scan(u, dt, A, B, C, reverse=reverse)
     tensors = (x.contiguous() for x in (u, dt, A.mT, B, C))
     y, last = _TiledScan.apply(*tensors, reverse, torch.is_grad_enabled())
     return y, last.mT
