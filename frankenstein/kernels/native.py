@@ -45,6 +45,13 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
 
 
+def constant(name: str, of: str) -> int:
+    """A size that the kernel was compiled with."""
+    kernels = library(of)
+    assert kernels is not None
+    return int(getattr(kernels, name)())
+
+
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
     """Address of a contiguous float32 tensor on the CPU, or of nothing."""
     if x is None:
@@ -62,7 +69,8 @@ def sizes(*values: int) -> list[ctypes.c_int64]:
 def _built(name: str, compiler: str) -> Path:
     source = Path(__file__).with_name(f"{name}.c")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=TIMEOUT).stdout
-    parts = (source.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode())
+    headers = [path.read_bytes() for path in sorted(source.parent.glob("*.h"))]
+    parts = (source.read_bytes(), *headers, version, " ".join(FLAGS).encode(), _processor().encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     target = _folder() / f"{name}-{key}.so"
     if not target.exists():

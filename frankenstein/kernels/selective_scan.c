@@ -6,34 +6,10 @@
    u, dt, y (B, T, D); A (N, D), times log2(e); B, C (B, T, N); starts (B, ceil(T / CHUNK), N, D); D % W == 0.
    Work is split by shape alone (rows, strips of channels), so that the bits do not depend on the number of threads. */
 
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-#define W 16
-#elif defined(__AVX__)
-#define W 8
-#else
-#define W 4
-#endif
 #define CHUNK 16
 #define STRIP 64 /* channels of a worker; a multiple of W */
-
-typedef float vf __attribute__((vector_size(4 * W)));
-typedef int32_t vi __attribute__((vector_size(4 * W)));
-
-static inline vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
-static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
-static inline vf splat(float x) { return x - (vf){}; }
-static inline vf choose(vi where, vf a, vf b) { return (vf)((where & (vi)a) | (~where & (vi)b)); }
-
-static inline float across(vf v) {
-  float s[W];
-  memcpy(s, &v, sizeof v);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) s[i] += s[i + half];
-  return s[0];
-}
 
 /* 2^x to 2 units in the last place; 0 below the smallest normal number. 2^x = 2^n 2^f, n the nearest integer to x;
    2^f by its Taylor polynomial, whose remainder on |f| <= 1/2 is 1.2e-7 at degree 6. */
@@ -55,7 +31,6 @@ static inline vf power_of_two(vf x) {
   return (vf)((vi)p & ~tiny);
 }
 
-int64_t lanes(void) { return W; }
 int64_t chunk(void) { return CHUNK; }
 int64_t strip(void) { return STRIP; }
 
@@ -65,13 +40,6 @@ typedef struct {
 
 static sizes measure(int64_t rows, int64_t length, int64_t width, int64_t states) {
   return (sizes){rows, length, width, states, (length + CHUNK - 1) / CHUNK, (width + STRIP - 1) / STRIP};
-}
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* Place of a step among the tokens of its row. */
-static inline int64_t place(int64_t step, int64_t length, int64_t reverse) {
-  return reverse ? length - 1 - step : step;
 }
 
 /* last (B, N, D) is the last state; starts is NULL where no backward pass follows. */

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frankenstein.kernels.native import library, pointer, sizes
+from frankenstein.kernels.native import constant, library, pointer, sizes
 
 NAME = "selective_scan"
 LOG2_E = 1 / math.log(2)
@@ -29,20 +29,13 @@ def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: boo
     Returns:  y (B, T, D), last state (B, D, N).
     """
     width = u.shape[2]
-    extra = -width % _constant("lanes")
+    extra = -width % constant("lanes", NAME)
     if extra:
         u, dt, A = F.pad(u, (0, extra)), F.pad(dt, (0, extra)), F.pad(A, (0, 0, 0, extra))
     rates = A.mT.contiguous() * LOG2_E
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (u, dt, A, B, C))
     y, last, _ = _forward(*(x.contiguous() for x in (u, dt, rates, B, C)), reverse, keep)
     return (y[..., :width], last.mT[:, :width]) if extra else (y, last.mT)
-
-
-def _constant(name: str) -> int:
-    """A size that the kernel was compiled with."""
-    kernels = library(NAME)
-    assert kernels is not None
-    return int(getattr(kernels, name)())
 
 
 @torch.library.custom_op("frankenstein::selective_scan", mutates_args=())
@@ -67,7 +60,7 @@ def _(
 
 
 def _chunks(length: int) -> int:
-    return -(-length // _constant("chunk"))
+    return -(-length // constant("chunk", NAME))
 
 
 def _empty_results(u: Tensor, rates: Tensor, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,11 +84,11 @@ def _backward(
     kernels = library(NAME)
     assert kernels is not None
     (rows, length, width), states = u.shape, len(rates)
-    strips = -(-width // _constant("strip"))
+    strips = -(-width // constant("strip", NAME))
     du, d_dt, d_rates = torch.empty_like(u), torch.empty_like(dt), u.new_zeros(rows, states, width)
     d_state = d_last.clone(memory_format=torch.contiguous_format)  # the kernel ends with that of the first state
     dB, dC = (u.new_empty(strips, *B.shape) for _ in range(2))
-    work = u.new_empty(torch.get_num_threads(), 2 * _constant("chunk") * states * _constant("lanes"))
+    work = u.new_empty(torch.get_num_threads(), 2 * constant("chunk", NAME) * states * constant("lanes", NAME))
     tensors = (u, dt, rates, B, C, starts, dy, d_state, du, d_dt, d_rates, dB, dC, work)
     kernels.scan_backward(*map(pointer, tensors), *sizes(rows, length, width, states, int(reverse)))
     return du, d_dt, d_rates.sum(0) / LOG2_E, dB.sum(0), dC.sum(0)
