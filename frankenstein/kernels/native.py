@@ -45,11 +45,23 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
 
 
-def constant(name: str, of: str) -> int:
-    """A size that the kernel was compiled with."""
-    kernels = library(of)
+@torch.compiler.assume_constant_result  # torch.compile cannot look into ctypes
+def available(name: str) -> bool:
+    """Whether the kernels of `<name>.c` can be used on this machine; compiles them at the first call."""
+    return library(name) is not None
+
+
+def loaded(name: str) -> ctypes.CDLL:
+    """The kernels of `<name>.c`, which must be available."""
+    kernels = library(name)
     assert kernels is not None
-    return int(getattr(kernels, name)())
+    return kernels
+
+
+@torch.compiler.assume_constant_result
+def constant(name: str, of: str) -> int:
+    """A size that the kernels of `<of>.c` were compiled with."""
+    return int(getattr(loaded(of), name)())
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:

@@ -1,8 +1,8 @@
 /* The recurrence of the selective scan on a CPU in float32; its equations stand in mixers/tiled_scan.py.
 
-   Lanes of a vector are neighbouring channels, so that no step sums across lanes. One call of a worker scans CHUNK
-   tokens of W channels with the whole state (N vectors) in the first-level cache. What is kept for the backward pass
-   is the state that enters each chunk; the chunk's own states are computed again.
+   Lanes of a vector are neighbouring channels, so that no step sums across lanes, and the state of W channels, N
+   vectors, stays in the first-level cache. What is kept for the backward pass is the state that enters each chunk of
+   CHUNK tokens; the chunk's own states are computed again.
    u, dt, y (B, T, D); A (N, D), times log2(e); B, C (B, T, N); starts (B, ceil(T / CHUNK), N, D); D % W == 0.
    Work is split by shape alone (rows, strips of channels), so that the bits do not depend on the number of threads. */
 

@@ -7,15 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frankenstein.kernels.native import constant, library, pointer, sizes
+from frankenstein.kernels.native import constant, loaded, pointer, sizes
 
 NAME = "selective_scan"
 LOG2_E = 1 / math.log(2)
-
-
-def available() -> bool:
-    """Whether the kernel can be used on this machine; compiles it at the first call."""
-    return library(NAME) is not None
 
 
 def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -43,12 +38,10 @@ def _forward(
     u: Tensor, dt: Tensor, rates: Tensor, B: Tensor, C: Tensor, reverse: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output (B, T, D), last state (B, N, D) and, for the backward pass, the states that enter the chunks."""
-    kernels = library(NAME)
-    assert kernels is not None
     (rows, length, width), states = u.shape, len(rates)
     y, last, starts = _empty_results(u, rates, _chunks(length) if keep else 0)
     tensors = (u, dt, rates, B, C, y, last, starts if keep else None)
-    kernels.scan_forward(*map(pointer, tensors), *sizes(rows, length, width, states, int(reverse)))
+    loaded(NAME).scan_forward(*map(pointer, tensors), *sizes(rows, length, width, states, int(reverse)))
     return y, last, starts
 
 
@@ -81,8 +74,6 @@ def _backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, rates, B and C."""
-    kernels = library(NAME)
-    assert kernels is not None
     (rows, length, width), states = u.shape, len(rates)
     strips = -(-width // constant("strip", NAME))
     du, d_dt, d_rates = torch.empty_like(u), torch.empty_like(dt), u.new_zeros(rows, states, width)
@@ -90,7 +81,7 @@ def _backward(
     dB, dC = (u.new_empty(strips, *B.shape) for _ in range(2))
     work = u.new_empty(torch.get_num_threads(), 2 * constant("chunk", NAME) * states * constant("lanes", NAME))
     tensors = (u, dt, rates, B, C, starts, dy, d_state, du, d_dt, d_rates, dB, dC, work)
-    kernels.scan_backward(*map(pointer, tensors), *sizes(rows, length, width, states, int(reverse)))
+    loaded(NAME).scan_backward(*map(pointer, tensors), *sizes(rows, length, width, states, int(reverse)))
     return du, d_dt, d_rates.sum(0) / LOG2_E, dB.sum(0), dC.sum(0)
 
 

@@ -6,14 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frankenstein.kernels.native import constant, library, pointer, sizes
+from frankenstein.kernels.native import constant, loaded, pointer, sizes
 
 NAME = "titans_memory"
-
-
-def available() -> bool:
-    """Whether the kernel can be used on this machine; compiles it at the first call."""
-    return library(NAME) is not None
 
 
 def memory(
@@ -54,11 +49,9 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, state: Tensor, both_ways: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state (of the last direction) and, for the backward pass, the states that enter the chunks."""
-    kernels = library(NAME)
-    assert kernels is not None
     o, last, starts = torch.empty_like(v), state.clone(), _starts(q, state, both_ways, keep)
     tensors = (q, k, v, gates, o, last, starts if keep else None)
-    kernels.memory_forward(*map(pointer, tensors), *_sizes(q, v, gates, both_ways))
+    loaded(NAME).memory_forward(*map(pointer, tensors), *_sizes(q, v, gates, both_ways))
     return o, last, starts
 
 
@@ -74,13 +67,11 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, starts: Tensor, d_o: Tensor, d_last: Tensor, both_ways: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, gates and the first state."""
-    kernels = library(NAME)
-    assert kernels is not None
     grads = [torch.zeros_like(x) for x in (q, k, v, gates)]
     d_state = torch.zeros_like(d_last) if both_ways else d_last.clone(memory_format=torch.contiguous_format)
     work = q.new_empty(torch.get_num_threads(), 2 * (constant("chunk", NAME) + 1) * q.shape[-1] * v.shape[-1])
     tensors = (q, k, v, gates, starts, d_o, *grads, d_state, work)
-    kernels.memory_backward(*map(pointer, tensors), *_sizes(q, v, gates, both_ways))
+    loaded(NAME).memory_backward(*map(pointer, tensors), *_sizes(q, v, gates, both_ways))
     d_q, d_k, d_v, d_gates = grads
     return d_q, d_k, d_v, d_gates, d_state
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from frankenstein.kernels import selective_scan_cpu
+from frankenstein.kernels.native import available
 from frankenstein.mixers.base import at_once
 
 CHUNK = 16  # C
@@ -51,7 +52,7 @@ def tiled_scan(
         from frankenstein.kernels.selective_scan import scan
 
         return scan(u, dt, A, B, C, reverse=reverse)
-    if u.is_cpu and u.dtype == torch.float32 and selective_scan_cpu.available():
+    if u.is_cpu and u.dtype == torch.float32 and available(selective_scan_cpu.NAME):
         return selective_scan_cpu.scan(u, dt, A, B, C, reverse=reverse)
     tensors = (x.contiguous() for x in (u, dt, A.mT, B, C))
     y, last = _TiledScan.apply(*tensors, reverse, torch.is_grad_enabled())

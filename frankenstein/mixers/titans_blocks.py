@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from frankenstein.kernels import titans_memory_cpu
+from frankenstein.kernels.native import available
 from frankenstein.mixers.delta_chunks import in_full_precision
 from frankenstein.mixers.titans_gates import Gates, Order
 from frankenstein.mixers.titans_scan import Direction, Inputs, Kept, Plan
 
-KERNEL_STATE = 64 * 64  # K V; two cores took 1.3 times the blocks' time at 128 x 128, and .2 at 16 x 16
+KERNEL_STATE = (
+    64 * 64
+)  # K V; the kernel's time over the blocks' on two cores: .1 to .3 at 16 x 16, .5 to .7 at 64 x 64, 1.3 at 128 x 128
 
 
 def plan_blocks(length: int, chunk_size: int, block_size: int, *, both_ways: bool) -> Plan:
@@ -57,7 +60,7 @@ def scan_blocks(
 def _token_by_token(q: Tensor, v: Tensor, plan: Plan) -> bool:
     """Whether the C kernel is the faster form: the blocks' matrix products win at wider heads."""
     fits = q.is_cpu and q.dtype == torch.float32 and plan.chunk_size == 1 and q.shape[-1] * v.shape[-1] <= KERNEL_STATE
-    return fits and titans_memory_cpu.available()
+    return fits and available(titans_memory_cpu.NAME)
 
 
 class _BlockScan(torch.autograd.Function):

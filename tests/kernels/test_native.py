@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from frankenstein.kernels import native, selective_scan_cpu
+from frankenstein.kernels import native
 from frankenstein.mixers.tiled_scan import tiled_scan
 
-needs_compiler = pytest.mark.skipif(native.library("selective_scan") is None, reason="needs a C compiler")
+needs_compiler = pytest.mark.skipif(not native.available("selective_scan"), reason="needs a C compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_a_failing_compiler_is_named_with_what_it_says(
 ) -> None:
     monkeypatch.setattr(native, "FLAGS", ("-include", "/no/such/header.h"))
     with caplog.at_level(logging.WARNING):
-        assert not selective_scan_cpu.available()
+        assert not native.available("selective_scan")
     (record,) = caplog.records
     assert "torch operations" in record.message and "/no/such/header.h" in record.message
     assert list((tmp_path / "kernels").iterdir()) == [], "nothing half-built"
@@ -72,7 +72,7 @@ def test_a_failing_compiler_is_named_with_what_it_says(
 
 def test_the_switch_turns_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.SWITCH, "0")
-    assert not selective_scan_cpu.available()
+    assert not native.available("selective_scan")
 
 
 @needs_compiler
@@ -80,7 +80,7 @@ def test_a_cache_folder_that_cannot_be_made_is_passed_over(tmp_path: Path, monke
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(native.CACHE, str(tmp_path / "file" / "below"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert selective_scan_cpu.available()
+    assert native.available("selective_scan")
 
 
 def test_only_what_the_kernels_can_read_is_passed_to_them() -> None:

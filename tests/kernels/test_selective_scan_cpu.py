@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from frankenstein.kernels import selective_scan_cpu
+from frankenstein.kernels import native, selective_scan_cpu
 from frankenstein.mixers.tiled_scan import tiled_scan
 
-pytestmark = pytest.mark.skipif(not selective_scan_cpu.available(), reason="needs a C compiler")
+pytestmark = pytest.mark.skipif(not native.available(selective_scan_cpu.NAME), reason="needs a C compiler")
 SHAPES = [(2, 37, 70, 5), (1, 16, 40, 16), (2, 33, 8, 1), (3, 1, 8, 16), (1, 50, 136, 3)]  # B, T, D, N
 
 
@@ -72,3 +72,13 @@ def test_it_is_an_operator_that_torch_can_trace(grad: bool) -> None:
     u, dt, A, B, C = (x.requires_grad_(grad) for x in tensors(2, 20, 16, 3))
     arguments = (u, dt, A.detach().mT.contiguous().requires_grad_(grad), B, C, False, grad)
     torch.library.opcheck(torch.ops.frankenstein.selective_scan.default, arguments)
+
+
+def test_a_compiled_layer_keeps_it_in_one_graph() -> None:
+    leaves = [x.requires_grad_() for x in tensors(2, 20, 12, 3)]
+    found = []
+    for scan in (tiled_scan, torch.compile(tiled_scan, fullgraph=True, backend="aot_eager")):
+        y, last = scan(*leaves)
+        found.append([y, last, *torch.autograd.grad(y.sum() + last.sum(), leaves)])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=1e-6)

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frankenstein.kernels import titans_memory_cpu
+from frankenstein.kernels import native, titans_memory_cpu
 from frankenstein.mixers.titans_blocks import plan_blocks, scan_blocks
 
-pytestmark = pytest.mark.skipif(not titans_memory_cpu.available(), reason="needs a C compiler")
+pytestmark = pytest.mark.skipif(not native.available(titans_memory_cpu.NAME), reason="needs a C compiler")
 SHAPES = [(2, 37, 3, 8, 16), (2, 70, 2, 5, 6), (1, 65, 2, 16, 64), (2, 1, 2, 4, 8), (1, 33, 3, 16, 24)]  # B, T, H, K, V
 
 
@@ -74,3 +74,13 @@ def test_it_is_an_operator_that_torch_can_trace(both_ways: bool) -> None:
     inputs = tensors((1, 34, 2, 4, 8), 3, state=True)
     leaves = [x.requires_grad_() for x in inputs if x is not None]
     torch.library.opcheck(torch.ops.frankenstein.titans_memory.default, (*leaves, both_ways, True))
+
+
+def test_a_compiled_layer_keeps_it_in_one_graph() -> None:
+    leaves = [x.requires_grad_() for x in tensors((1, 34, 2, 4, 6), 3, state=False) if x is not None]
+    plan, found = plan_blocks(34, 1, 16, both_ways=True), []
+    for scan in (scan_blocks, torch.compile(scan_blocks, fullgraph=True, backend="aot_eager")):
+        o, _ = scan(*leaves, None, plan)
+        found.append([o, *torch.autograd.grad(o.sin().sum(), leaves)])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=1e-6)
