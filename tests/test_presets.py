@@ -29,7 +29,7 @@ def build(overrides: dict | None = None) -> Encoder:
 def expected_counts() -> dict[str, int]:
     """Tables 1 and 6 of the paper: all but the mixers."""
     return {
-        "embedding": VOCAB * D,
+        "embedding": VOCAB * D + 1,  # the scalar after the table that dynamic tanh asks for
         "ffn": LAYERS * (EXPERTS * 2 * D * F + EXPERTS * D),
         "norms": (2 * LAYERS + 1) * (2 * D + 1),
         "head": VOCAB,

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from frankenstein.kernels.rms_norm import RMSNorm
 from frankenstein.registry import Registry
 
 
@@ -41,7 +42,7 @@ class MixerContext:
     num_kv_heads: int | None = None
     earlier: tuple["Mixer", ...] = ()
     num_same: int = 1
-    norm: Callable[[int], nn.Module] = nn.RMSNorm
+    norm: Callable[[int], nn.Module] = RMSNorm
     ode_solver: str = "rk4"
     ode_steps: int = 2
     scores: Callable[[Tensor, Tensor], Tensor] | None = None

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.kernels.rms_norm import RMSNorm
 from frankenstein.mixers.base import MIXERS, Mixer, MixerContext
 from frankenstein.mixers.delta_chunks import full_precision, wide
 from frankenstein.mixers.delta_rule import bidirectional_delta_rule, delta_rule
@@ -179,7 +180,7 @@ class DeltaNet(Mixer):
         width = context.num_heads * value_size
         self.beta = gate_weight(directions * context.num_heads, context.hidden_size) if options.use_beta else None
         self.gate = nn.Linear(context.hidden_size, width, bias=False) if options.use_gate else None
-        self.norm = nn.RMSNorm(value_size, eps=1e-5)
+        self.norm = RMSNorm(value_size, eps=1e-5)
         self.out = nn.Linear(width, context.hidden_size, bias=False)
         draw_weights(self)
 

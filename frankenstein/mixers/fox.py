@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.kernels.rms_norm import rms_norm
 from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
 from frankenstein.mixers.decay_softmax import DecaySoftmax
 from frankenstein.mixers.gpu_kernels import decayed_attention, flex, half_precision
@@ -164,7 +165,7 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(heads, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.weight.to(x.dtype)
+        return rms_norm(x) * self.weight.to(x.dtype)
 
 
 @MIXERS.register("fox_attn")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.kernels.rms_norm import RMSNorm
 from frankenstein.mixers.base import MIXERS, Mixer, MixerContext
 from frankenstein.mixers.delta_rule import bidirectional_gated_delta_rule, gated_delta_rule
 from frankenstein.mixers.deltanet import DeltaProjections, count_directions, draw_weights, gate_inputs, gate_weight
@@ -72,7 +73,7 @@ class GatedDeltaNet(Mixer):
         self.gates = gate_weight(directions * 2 * heads, hidden)
         self.A_log, self.dt_bias = decay_scale(directions, heads), decay_bias(directions, heads)
         self.gate = nn.Linear(hidden, heads * value_size, bias=False) if options.use_gate else None
-        self.norm = nn.RMSNorm(value_size, eps=1e-5)
+        self.norm = RMSNorm(value_size, eps=1e-5)
         self.out = nn.Linear(heads * value_size, hidden, bias=False)
         draw_weights(self)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.kernels.rms_norm import RMSNorm
 from frankenstein.mixers.base import MIXERS, Mixer, MixerContext
 from frankenstein.mixers.chunked_gla import gla_chunked
 from frankenstein.mixers.short_conv import ShortConv
@@ -166,7 +167,7 @@ class GatedLinearAttention(Mixer):
         self.gate_down = nn.Parameter(torch.empty(directions * rank, width).normal_(std=0.02))
         self.gate_up = nn.Parameter(torch.empty(directions, self.key_width, rank).normal_(std=0.02))
         self.gate_bias = nn.Parameter(torch.zeros(directions, self.key_width))
-        self.norm = nn.RMSNorm(self.value_width // self.num_heads, eps=1e-5)
+        self.norm = RMSNorm(self.value_width // self.num_heads, eps=1e-5)
         self.out = nn.Linear(self.value_width, width, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frankenstein.kernels.rms_norm import RMSNorm
 from frankenstein.mixers.base import MIXERS, Mixer, MixerContext
 from frankenstein.mixers.chunked_gla import gla_chunked
 from frankenstein.mixers.gla import gla
@@ -196,7 +197,7 @@ class HGRN2(Mixer):
         self.project = nn.Linear(width, sum(self.widths), bias=False)
         conv_size = options.conv_size
         self.conv = ShortConv(sum(self.widths), conv_size, causal=self.causal) if conv_size else None
-        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.norm = RMSNorm(width, eps=1e-5)
         self.out = nn.Linear(width, width, bias=False)
         owner = self.layer == 0 and context.num_same > 1
         self.bounds = nn.Parameter(torch.zeros(context.num_same, state_width)) if owner else None

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.kernels.rms_norm import RMSNorm
 from frankenstein.mixers.base import MIXERS, Mixer, MixerContext, chunk_on
 from frankenstein.mixers.delta_chunks import (
     Gradients,
@@ -274,7 +275,7 @@ class KimiDeltaAttention(Mixer):
         self.dt_bias = decay_bias(directions, heads, key_size)
         self.gate_down = nn.Linear(hidden, value_size, bias=False)
         self.gate_up = nn.Linear(value_size, heads * value_size)
-        self.norm = nn.RMSNorm(value_size, eps=1e-5)
+        self.norm = RMSNorm(value_size, eps=1e-5)
         self.out = nn.Linear(heads * value_size, hidden, bias=False)
         draw_weights(self)
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.kernels.rms_norm import RMSNorm
 from frankenstein.mixers.base import MIXERS, Mixer, MixerContext
 from frankenstein.mixers.standard_attn import Scores, softmax_attention
 from frankenstein.options import option
@@ -192,9 +193,9 @@ class MultiHeadLatentAttention(Mixer):
         # W_DQ (or the queries themselves), W_DKV and W_KR, all of which read x.
         self.down = nn.Linear(width, self.query_rank + self.rank + self.rope, bias=False)
         compressed = options.q_lora_rank is not None
-        self.query_norm = nn.RMSNorm(self.query_rank, eps=1e-6) if compressed else None
+        self.query_norm = RMSNorm(self.query_rank, eps=1e-6) if compressed else None
         self.up_query = nn.Linear(self.query_rank, queries, bias=False) if compressed else None
-        self.norm = nn.RMSNorm(self.rank, eps=1e-6)
+        self.norm = RMSNorm(self.rank, eps=1e-6)
         self.up: nn.Module = nn.Linear(self.rank, heads * (self.nope + self.value), bias=False)
         self.out = nn.Linear(heads * self.value, width, bias=False)
 

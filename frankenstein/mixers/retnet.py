@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.kernels.rms_norm import rms_norm
 from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext
 from frankenstein.mixers.gpu_kernels import in_both_directions, log_decay, recurrent_kernel
 from frankenstein.options import option
@@ -302,5 +303,5 @@ class MultiScaleRetention(Mixer):
             o, _ = retention(q, k, v, self.log_gamma, chunk_size=self.chunk_size)
         else:
             o = bidirectional_retention(q, k, v, self.log_gamma, mask=mask, chunk_size=self.chunk_size)
-        o = F.rms_norm(o, o.shape[-1:], eps=1e-6)
+        o = rms_norm(o)
         return self.out((o * F.silu(gate)).flatten(2))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from frankenstein.kernels.rms_norm import RMSNorm
 from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
 from frankenstein.options import option
 
@@ -109,7 +110,7 @@ class SigmoidAttention(Mixer):
         self.num_heads = context.num_heads
         self.project = HeadProjections(context, context.num_heads, 3, context.num_kv_heads)
         self.out = nn.Linear(width, width, bias=False)
-        self.norm = nn.RMSNorm(width, eps=1e-6) if options.stabilizer == "hybrid_norm" else None
+        self.norm = RMSNorm(width, eps=1e-6) if options.stabilizer == "hybrid_norm" else None
         scaled = options.stabilizer == "layer_scale"
         self.layer_scale = nn.Parameter(torch.full((width,), options.layer_scale_init)) if scaled else None
 

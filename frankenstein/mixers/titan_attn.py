@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frankenstein.kernels.rms_norm import RMSNorm
 from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
 from frankenstein.mixers.block_sparse import FLOOR, band, masked_softmax, merged_attention
 from frankenstein.mixers.delta_chunks import full_precision, wide
@@ -140,7 +141,7 @@ class TitansMemoryAsGate(Mixer):
         self.rates = nn.Parameter(0.02 * torch.randn(3 * heads, width))
         alpha = torch.logspace(math.log10(FORGETTING[0]), math.log10(FORGETTING[1]), heads)
         self.rates_bias = nn.Parameter(torch.cat([torch.zeros(2 * heads), alpha.logit()]))
-        self.attention_norm, self.memory_norm = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
+        self.attention_norm, self.memory_norm = (RMSNorm(width // heads, eps=1e-6) for _ in range(2))
         self.gate = nn.Linear(width, width, bias=False) if options.output_gate else None
         self.out = nn.Linear(width, width, bias=False)
 

@@ -84,7 +84,7 @@ class Encoder(nn.Module):
         Source: Radford et al. 2019 (GPT-2), section 2.3,
         https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf
         """
-        nn.init.normal_(self.embedding.weight, std=INIT_STD)
+        nn.init.normal_(self.embedding.weight, std=self.embedding_stream.table_std or INIT_STD)
         residual = INIT_STD / math.sqrt(2 * len(self.blocks) * self.options.num_loops)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
-from frankenstein.model.norms import RMSNorm, rms_norm
+from frankenstein.kernels import rows
+from frankenstein.kernels.rms_norm import RMSNorm, norm_gradients, rms_norm
 
 SCALE_FLOOR = 1e-5
 NORM_EPS = 1e-6
@@ -25,11 +26,22 @@ SCALES = ("channel", "tensor")
 
 def activation_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes of every row, still in the dtype of x, and their scales. x: (..., D). Returns: (..., D), (..., 1)."""
+    if rows.usable(x):
+        return rows.quantize(x, None, 0.0)[:2]
     largest = x.abs().amax(-1, keepdim=True).clamp_min_(SCALE_FLOOR)
     # A tensor divisor: CUDA turns division by a Python number into a product with its reciprocal: other bits.
     scale = largest.div_(torch.full((), 127.0, dtype=x.dtype, device=x.device))
     # |x| <= largest, so the quotient never rounds beyond 127 and needs no clipping.
     return (x / scale).round_(), scale
+
+
+def normed_codes(x: Tensor, norm_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """`activation_codes` of the RMS norm of x (..., D) by norm_weight (D,), or of x itself."""
+    if norm_weight is None:
+        return activation_codes(x)
+    if rows.usable(x, norm_weight):
+        return rows.quantize(x, norm_weight, eps)[:2]
+    return activation_codes(rms_norm(x, norm_weight, eps))
 
 
 def ternary_codes(weight: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
@@ -45,7 +57,10 @@ def rescale(product: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor
 
     Args: product: (..., out); x_scale: (..., 1); weight_scale: (1,) or (out,); bias: (out,).
     """
-    product.mul_(x_scale).mul_(weight_scale)
+    if rows.usable(product, x_scale, weight_scale):
+        rows.rescale(product, x_scale, weight_scale)
+    else:
+        product.mul_(x_scale).mul_(weight_scale)
     return product if bias is None else product.add_(bias)
 
 
@@ -78,38 +93,64 @@ class _TernaryLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, per_channel: bool) -> Tensor:  # type: ignore[no-untyped-def]
-        x_codes, x_scale = activation_codes(x)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        per_channel: bool,
+        norm_weight: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        inverse = None
+        if norm_weight is None:
+            x_codes, x_scale = activation_codes(x)
+        else:
+            x_codes, x_scale, inverse = rows.quantize(x, norm_weight, eps)
         w_codes, w_scale = ternary_codes(weight, per_channel)
-        ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
-        ctx.autocast = torch.is_autocast_enabled(x.device.type)
+        normed = () if norm_weight is None else (x, norm_weight, inverse)
+        ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale, *normed)
+        ctx.autocast, ctx.eps = torch.is_autocast_enabled(x.device.type), eps
         product = F.linear(x_codes, w_codes).to(x.dtype)
         return rescale(product, x_scale, w_scale, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_x = grad_weight = grad_bias = None
+        x_codes, x_scale, w_codes, w_scale, *normed = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        grad_x = grad_weight = grad_bias = grad_norm = None
         device = grad.device.type
         with torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=ctx.autocast):
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
                 grad_x = (grad @ (w_codes * w_scale[:, None])).to(grad.dtype)
             if ctx.needs_input_grad[1]:
-                grad_weight = (rows.T @ (x_codes * x_scale).flatten(0, -2)).to(grad.dtype)
+                grad_weight = (flat.T @ (x_codes * x_scale).flatten(0, -2)).to(grad.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None
+            grad_bias = flat.sum(0)
+        if normed and grad_x is not None:
+            x, norm_weight, inverse = normed
+            grad_x, grad_norm = norm_gradients(grad_x, x, norm_weight, inverse, ctx.eps, ctx.needs_input_grad[4])
+        return grad_x, grad_weight, grad_bias, None, grad_norm, None
 
 
-def ternary_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, per_channel: bool = False) -> Tensor:
+def ternary_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    per_channel: bool = False,
+    norm_weight: Tensor | None = None,
+    eps: float = NORM_EPS,
+) -> Tensor:
     """Linear layer on int8 activations and ternary weights, with straight-through gradients.
 
-    Args: x: (..., in); weight: (out, in); bias: (out,).
+    Args: x: (..., in); weight: (out, in); bias: (out,); norm_weight: (in,), of an RMS norm before it.
     Returns: (..., out); half types are computed and returned in float32.
     """
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    y: Tensor = _TernaryLinear.apply(x, weight, bias, per_channel)
+    if norm_weight is not None and not rows.usable(x, norm_weight):
+        x, norm_weight = rms_norm(x, norm_weight, eps), None
+    y: Tensor = _TernaryLinear.apply(x, weight, bias, per_channel, norm_weight, eps)
     return y
 
 
@@ -128,7 +169,7 @@ def bitlinear(
     Returns: (..., out).
     Source: Ma et al. 2024, https://arxiv.org/abs/2402.17764; seed paper 002, algorithm 3.
     """
-    return ternary_linear(rms_norm(x, norm_weight, eps), weight, bias, per_channel=per_channel)
+    return ternary_linear(x, weight, bias, per_channel=per_channel, norm_weight=norm_weight, eps=eps)
 
 
 def ternary_pack(codes: Tensor) -> Tensor:
@@ -182,10 +223,11 @@ class BitLinear(Latent):
 
     def forward(self, x: Tensor) -> Tensor:
         per_channel = self.scale == "channel"
+        if self.lambda_w == 1.0 and self.lambda_a == 1.0:
+            norm_weight = None if self.norm is None else self.norm.weight
+            return ternary_linear(x, self.weight, self.bias, per_channel=per_channel, norm_weight=norm_weight)
         if self.norm is not None:
             x = self.norm(x)
-        if self.lambda_w == 1.0 and self.lambda_a == 1.0:
-            return ternary_linear(x, self.weight, self.bias, per_channel=per_channel)
         weight = self.weight
         if self.lambda_w > 0.0:
             w_codes, w_scale = ternary_codes(weight.detach(), per_channel)

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
-from frankenstein.model.norms import rms_norm
-from frankenstein.quantization.bitlinear import NORM_EPS, BitLinear, activation_codes, rescale, ternary_quantize
+from frankenstein.quantization.bitlinear import NORM_EPS, BitLinear, normed_codes, rescale, ternary_quantize
 from frankenstein.quantization.packing import pack_rows, packed_width, unpack_rows
 
 log = logging.getLogger(__name__)
@@ -216,9 +215,7 @@ class PackedTernaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
-        if self.norm_weight is not None:
-            x = rms_norm(x, self.norm_weight, NORM_EPS)
-        x_codes, x_scale = activation_codes(x)
+        x_codes, x_scale = normed_codes(x, self.norm_weight, NORM_EPS)
         rows = x_codes.reshape(-1, self.in_features).to(torch.int8)
         product = self._multiply(rows).to(torch.float32).view(*x.shape[:-1], self.out_features)
         return rescale(product, x_scale, self.scale, self.bias)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from frankenstein.model.embeddings import EmbeddingStream
 from frankenstein.model.encoder import Encoder
 from frankenstein.model.options import ModelOptions
+from frankenstein.optimizers.groups import parameter_groups
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_layers": 1, "ffn_hidden_size": 24}
 FACTORIZED = {**SMALL, "use_factorized_embedding": True, "factorized_embedding_dim": 6}
@@ -67,3 +68,28 @@ def test_the_convolution_starts_as_the_identity_and_ignores_padding() -> None:
     torch.nn.init.normal_(stream.conv.weight)
     x, mask = torch.randn(1, 9, 16), torch.arange(9)[None] < 5
     torch.testing.assert_close(stream(x.masked_fill(~mask[..., None], 9.0), mask)[:, :5], stream(x[:, :5]))
+
+
+@pytest.mark.parametrize(
+    "factorized", [{}, {"use_factorized_embedding": True, "factorized_embedding_dim": 32}], ids=str
+)
+@pytest.mark.parametrize("norm", ["dynamic_tanh", "derf"])
+def test_without_a_norm_a_learned_scalar_brings_the_stream_to_unit_variance(norm: str, factorized: dict) -> None:
+    model = encoder(**{**SMALL, **factorized, "vocab_size": 3000, "hidden_size": 64, "norm_type": norm})
+    scale = model.embedding_stream.scale
+    assert scale.tolist() == [8.0] and scale.requires_grad
+    ids = torch.arange(3000)[None]
+    stream = model.embedding_stream(model.embedding(ids))
+    assert stream.std().item() == pytest.approx(1.0, rel=0.1)
+    with torch.no_grad():
+        rows, before = torch.randn(5, 64), model.mlm_logits(torch.eye(64))
+        scale.mul_(2.0)
+        torch.testing.assert_close(model.embedding_stream(model.embedding(ids)), 2 * stream)
+        assert torch.equal(model.mlm_logits(torch.eye(64)), before), "the tied head reads the table itself"
+    model(ids[:, :9]).mul(rows[0]).sum().backward()
+    assert scale.grad is not None and scale.grad.abs().item() > 0
+    assert any(scale is member for member in parameter_groups(model)["embeddings"])
+
+
+def test_with_a_norm_there_is_no_such_scalar() -> None:
+    assert encoder(**SMALL, norm_type="layer_norm").embedding_stream.scale is None

@@ -1,0 +1,135 @@
+/* Rows of a float32 matrix (n, d) on a CPU: RMS norm and its gradients, int8 codes, scaling of a product of codes.
+
+     r = 1 / sqrt(mean(x^2) + eps)     y = (x r) w     s = max(max|y|, 1e-5) / 127     c = round(y / s), half to even
+     dx = (g r) w - x r^3 mean(x w g)     dw = sum over rows of g x r
+
+   A row is read from memory once. Every row is worked on by one thread, and sums over rows are made in blocks of a
+   fixed size, so that the bits do not depend on the number of threads. */
+
+#include "vectors.h"
+
+#include <math.h>
+
+#define BLOCK 64   /* rows that share a partial sum of dw */
+#define SMALL 8192 /* entries that are not worth a second thread */
+#define FLOOR 1e-5f
+
+int64_t block(void) { return BLOCK; }
+
+/* The first n < W lanes; the others are 0. */
+static inline vf load_part(const float *p, int64_t n) { vf v = {}; memcpy(&v, p, n * sizeof *p); return v; }
+static inline void store_part(float *p, vf v, int64_t n) { memcpy(p, &v, n * sizeof *p); }
+
+/* Runs BODY for every vector of a row: `at` is its place; GET and PUT move whole vectors, or the part at the end. */
+#define EACH(d, BODY)                                             \
+  do {                                                            \
+    int64_t at = 0;                                               \
+    {                                                             \
+      _Pragma("GCC unroll 4") for (; at + W <= (d); at += W) { BODY(load, store) } \
+    }                                                             \
+    if (at < (d)) {                                               \
+      const int64_t rest = (d) - at;                              \
+      BODY(LOAD_REST, STORE_REST)                                 \
+    }                                                             \
+  } while (0)
+#define LOAD_REST(p) load_part(p, rest)
+#define STORE_REST(p, v) store_part(p, v, rest)
+
+static inline float inverse_rms(const float *x, int64_t d, float eps) {
+  vf sum[2] = {};
+#define BODY(GET, PUT) const vf v = GET(x + at); sum[at / W % 2] += v * v;
+  EACH(d, BODY);
+#undef BODY
+  return 1.0f / sqrtf(across(sum[0] + sum[1]) / (float)d + eps);
+}
+
+static inline vf absolute(vf v) { return (vf)((vi)v & 0x7fffffff); }
+
+static inline float largest_lane(vf v) {
+  float s[W], most = 0;
+  memcpy(s, &v, sizeof v);
+  for (int i = 0; i < W; i++) most = s[i] > most || s[i] != s[i] ? s[i] : most; /* NaN stays */
+  return most;
+}
+
+/* Below 2^22 in size, the sum has no fraction bits left: rounding to nearest, half to even, is the addition's own. */
+static inline vf rounded(vf v) { return (v + 12582912.0f) - 12582912.0f; }
+
+void norm_forward(const float *x, const float *w, float *y, float *inverse, double eps, int64_t n, int64_t d,
+                  int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (n * d > SMALL)
+  for (int64_t row = 0; row < n; row++) {
+    const float *from = x + row * d;
+    float *to = y + row * d;
+    const float r = inverse[row] = inverse_rms(from, d, (float)eps);
+#define BODY(GET, PUT) PUT(to + at, GET(from + at) * r * GET(w + at));
+    EACH(d, BODY);
+#undef BODY
+  }
+}
+
+/* dw: (ceil(n / BLOCK), d), partial sums. */
+void norm_backward(const float *x, const float *w, const float *inverse, const float *g, float *dx, float *dw,
+                   int64_t n, int64_t d, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (n * d > SMALL)
+  for (int64_t part = 0; part < (n + BLOCK - 1) / BLOCK; part++) {
+    float *sum = dw + part * d;
+    memset(sum, 0, d * sizeof *sum);
+    for (int64_t row = part * BLOCK; row < least(n, (part + 1) * BLOCK); row++) {
+      const float *from = x + row * d, *grad = g + row * d, r = inverse[row];
+      float *to = dx + row * d;
+      vf along[2] = {};
+#define BODY(GET, PUT)                                      \
+  const vf product = GET(from + at) * GET(grad + at);       \
+  along[at / W % 2] += product * GET(w + at);               \
+  PUT(sum + at, GET(sum + at) + product * r);
+      EACH(d, BODY);
+#undef BODY
+      const float shrink = r * r * r * across(along[0] + along[1]) / (float)d;
+#define BODY(GET, PUT) PUT(to + at, GET(grad + at) * r * GET(w + at) - GET(from + at) * shrink);
+      EACH(d, BODY);
+#undef BODY
+    }
+  }
+}
+
+/* w and inverse are null where the rows are taken as they are. */
+void quantize(const float *x, const float *w, float *codes, float *scale, float *inverse, double eps, int64_t n,
+              int64_t d, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (n * d > SMALL)
+  for (int64_t row = 0; row < n; row++) {
+    const float *from = x + row * d;
+    float *to = codes + row * d, r = 1;
+    if (w) r = inverse[row] = inverse_rms(from, d, (float)eps);
+    vf most = {};
+#define BODY(GET, PUT)                                                       \
+  const vf y = w ? GET(from + at) * r * GET(w + at) : GET(from + at), size = absolute(y); \
+  most = choose((size > most) | (size != size), size, most);                 \
+  PUT(to + at, y);
+    EACH(d, BODY);
+#undef BODY
+    const float largest = largest_lane(most), s = scale[row] = (largest < FLOOR ? FLOOR : largest) / 127.0f;
+#define BODY(GET, PUT) PUT(to + at, rounded(GET(to + at) / s));
+    EACH(d, BODY);
+#undef BODY
+  }
+}
+
+/* (p s_row) s_column, in place; scales (1,) or (d,) of the columns. */
+void rescale(float *p, const float *row_scale, const float *column_scale, int64_t n, int64_t d, int64_t scales,
+             int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (n * d > SMALL)
+  for (int64_t row = 0; row < n; row++) {
+    float *to = p + row * d, s = row_scale[row];
+    if (scales == 1) {
+      const float one = column_scale[0];
+#define BODY(GET, PUT) PUT(to + at, GET(to + at) * s * one);
+      EACH(d, BODY);
+#undef BODY
+    } else {
+#define BODY(GET, PUT) PUT(to + at, GET(to + at) * s * GET(column_scale + at));
+      EACH(d, BODY);
+#undef BODY
+    }
+  }
+}

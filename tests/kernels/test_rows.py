@@ -1,0 +1,89 @@
+"""The C kernels on rows: the norm against float64, the codes against the forms in torch operations, bit for bit."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from frankenstein.kernels import native, rows
+from frankenstein.kernels.rms_norm import rms_norm
+from frankenstein.quantization.bitlinear import BitLinear, activation_codes, normed_codes, rescale
+
+pytestmark = pytest.mark.skipif(not native.available(rows.NAME), reason="needs a C compiler")
+SHAPES = [(300, 64), (65, 7), (1000, 130), (1, 1), (2, 3, 16), (0, 8)]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(x: Tensor, weight: Tensor, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+    y = rms_norm(*leaves)
+    return [y, *torch.autograd.grad(y, leaves, grad.to(dtype))]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_norm_and_its_gradients_equal_float64(shape: tuple[int, ...]) -> None:
+    inputs = draw(*shape), draw(shape[-1], seed=1), draw(*shape, seed=2)
+    for got, expected in zip(run(*inputs, torch.float32), run(*inputs, torch.float64), strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_and_products_have_the_bits_of_the_torch_form(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, per_row = 3 * draw(*shape), draw(*shape[:-1], 1, seed=1)
+    scales = draw(shape[-1], seed=2), draw(1, seed=3)
+    found = [*activation_codes(x), *(rescale(x.clone(), per_row, s, None) for s in scales)]
+    fused = normed_codes(x, scales[0], 1e-6)
+    in_turn = activation_codes(rms_norm(x, scales[0]))
+    assert all(map(torch.equal, fused, in_turn)), "norm and codes at once are norm, then codes"
+    monkeypatch.setattr(rows, "usable", lambda *_: False)
+    expected = [*activation_codes(x), *(rescale(x.clone(), per_row, s, None) for s in scales)]
+    assert all(map(torch.equal, found, expected))
+
+
+def test_halves_are_rounded_to_even_and_small_rows_have_the_smallest_scale() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 3.4999998, 0.0]])
+    assert activation_codes(x)[0].tolist() == [[127, 0, 2, 2, 0, -2, -126, 3, 0]]
+    codes, scale = activation_codes(torch.zeros(2, 3))
+    assert codes.tolist() == [[0, 0, 0]] * 2 and scale.flatten().tolist() == pytest.approx([1e-5 / 127] * 2)
+
+
+@pytest.mark.parametrize("place", [0, 9, 16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_number_shows_in_its_row_and_in_no_other(bad: float, place: int) -> None:
+    x = draw(3, 17)
+    x[1, place] = bad
+    for result in (rms_norm(x, torch.ones(17)), activation_codes(x)[0], normed_codes(x, torch.ones(17), 1e-6)[0]):
+        assert torch.isnan(result[1]).any() and torch.isfinite(result[[0, 2]]).all()
+
+
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    x, weight, grad, threads = draw(1000, 130), draw(130, seed=1), draw(1000, 130, seed=2), torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            found.append([*run(x, weight, grad, torch.float32), *normed_codes(x, weight, 1e-6)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+def test_a_ternary_layer_has_the_gradients_of_the_torch_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x, grad = BitLinear(24, 10), draw(5, 7, 24), draw(5, 7, 10, seed=1)
+    assert layer.norm is not None
+    with torch.no_grad():
+        layer.norm.weight.copy_(draw(24, seed=2))
+    found = []
+    for usable in (rows.usable, lambda *_: False):
+        monkeypatch.setattr(rows, "usable", usable)
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        found.append([y, *torch.autograd.grad(y, [leaf, *layer.parameters()], grad)])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
