@@ -27,14 +27,18 @@ def faults(tmp_path: Path, text: str) -> list[str]:
     return [str(f).replace(str(tmp_path) + "/", "") for f in caught.value.faults]
 
 
-def test_the_shipped_file_is_short_and_says_what_the_defaults_say() -> None:
+def test_the_shipped_file_is_short_and_its_comments_tell_what_its_keys_are() -> None:
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 80
-    shipped, defaults = load_params(ROOT / "params.yaml"), load_params()
-    optimizer = shipped.training.optimizer
-    assert optimizer.optimizer_class == "adamw"
+    shipped = load_params(ROOT / "params.yaml")
+    assert shipped.training.optimizer.optimizer_class == "adamw"
+    assert shipped.data.source == "sample", "it runs without anything from outside"
+
+
+def test_the_compact_preset_says_what_the_defaults_say() -> None:
+    compact, defaults = load_params(ROOT / "frankenstein/presets/compact.yaml"), load_params()
     assert dataclasses.replace(
-        shipped, training=dataclasses.replace(shipped.training, optimizer=defaults.training.optimizer)
+        compact, training=dataclasses.replace(compact.training, optimizer=defaults.training.optimizer)
     ) == dataclasses.replace(defaults)
 
 

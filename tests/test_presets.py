@@ -15,8 +15,9 @@ from frankenstein.quantization.convert import convert_to_bitlinear, ternary_laye
 from frankenstein.quantization.embedding import TernaryEmbedding
 
 PRESETS = Path(frankenstein.__file__).parent / "presets"
-PRESET, STABLE = PRESETS / "seed002.yaml", PRESETS / "stable.yaml"
-PIPELINE = Path(__file__).parent.parent / "dvc.yaml"
+PRESET, COMPACT = PRESETS / "seed002.yaml", PRESETS / "compact.yaml"
+ROOT = Path(__file__).parent.parent
+PIPELINE, SHIPPED = ROOT / "dvc.yaml", ROOT / "params.yaml"
 D, F, LAYERS, EXPERTS, VOCAB = 1024, 2048, 12, 4, 50_000
 
 
@@ -85,17 +86,18 @@ def keys_of(tree: Any, prefix: str = "") -> set[str]:
     return {prefix + key for key in tree}.union(*(keys_of(value, f"{prefix}{key}.") for key, value in tree.items()))
 
 
-def test_the_stable_pattern_can_take_the_place_of_the_pipelines_configuration() -> None:
+@pytest.mark.parametrize("path", [SHIPPED, COMPACT], ids=lambda path: path.stem)
+def test_it_has_every_key_that_the_pipeline_reads(path: Path) -> None:
     text = PIPELINE.read_text(encoding="utf-8")
     stages = yaml.safe_load(text)["stages"].values()
     named = {key for stage in stages for key in stage.get("params", ()) if isinstance(key, str)}
     wanted = named | set(re.findall(r"\$\{([a-z_.]+)\}", text))
     assert {"data.path", "model", "training.max_length"} <= wanted
-    assert wanted - keys_of(yaml.safe_load(STABLE.read_text(encoding="utf-8"))) == set()
+    assert wanted - keys_of(yaml.safe_load(path.read_text(encoding="utf-8"))) == set()
 
 
-def test_the_stable_pattern_is_that_of_the_paper_at_small_width() -> None:
-    params, paper = load_params(STABLE), load_params(PRESET)
-    for name in ("layer_pattern", "num_loops", "norm_type", "use_moe", "num_experts", "top_k_experts", "use_bitnet"):
+def test_the_shipped_experiment_is_the_pattern_of_the_paper_at_small_width() -> None:
+    params, paper = load_params(SHIPPED), load_params(PRESET)
+    for name in ("layer_pattern", "norm_type", "use_moe", "num_experts", "top_k_experts", "use_bitnet", "ode_steps"):
         assert getattr(params.model, name) == getattr(paper.model, name), name
     assert Encoder(params.model, max_length=params.training.max_length).parameter_count()["total"] < 1e6
