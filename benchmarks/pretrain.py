@@ -12,8 +12,8 @@ last feed-forward and the head see the masked positions only. `head` says what t
 predict all tokens by default, ModernBERT with sparse_prediction the masked ones.
 
 Ours: `standard_attn` has softmax attention in every layer and BERT's size, `standard_attn_narrow` a feed-forward of 3 D
-and so ModernBERT's size; `default` has the shipped layer pattern; `seed002` is the stable pattern of that paper: 12
-layers traversed twice, experts, ternary weights, dynamic tanh.
+and so ModernBERT's size; `default` has the layer pattern of the schema's defaults; `seed002` is the stable pattern of
+that paper: 12 layers traversed twice, experts, ternary weights, dynamic tanh.
 
 `mfu` is the rate of the matrix products that a step really runs (counted by torch, attention's included), over that of
 one large product of the same number type on this machine. A head on all tokens thus raises it without any use.
