@@ -11,26 +11,6 @@
 #define CHUNK 16
 #define STRIP 64 /* channels of a worker; a multiple of W */
 
-/* 2^x to 2 units in the last place; 0 below the smallest normal number. 2^x = 2^n 2^f, n the nearest integer to x;
-   2^f by its Taylor polynomial, whose remainder on |f| <= 1/2 is 1.2e-7 at degree 6. */
-static inline vf power_of_two(vf x) {
-  const vf shift = splat(12582912.0f); /* 1.5 2^23: adding it rounds to an integer, in the lowest bits */
-  vi tiny = x < splat(-126.0f);
-  x = choose(tiny, splat(-126.0f), x);
-  x = choose(x > splat(128.0f), splat(128.0f), x);
-  vf shifted = x + shift;
-  vf f = x - (shifted - shift);
-  vf p = splat(1.5403530e-4f);
-  p = p * f + splat(1.3333558e-3f);
-  p = p * f + splat(9.6181291e-3f);
-  p = p * f + splat(5.5504109e-2f);
-  p = p * f + splat(2.4022651e-1f);
-  p = p * f + splat(6.9314718e-1f);
-  p = p * f + splat(1.0f);
-  p = (vf)((vi)p + (((vi)shifted - (vi)shift) << 23));
-  return (vf)((vi)p & ~tiny);
-}
-
 int64_t chunk(void) { return CHUNK; }
 int64_t strip(void) { return STRIP; }
 

@@ -8,7 +8,7 @@
 
 It needs no training and has no gradient through the selection: train with `standard_attn`, evaluate with this. The
 paper selects for one new token at a time, to read less of a cache; an encoder selects for all its queries, where the
-selection itself, T^2 scores of 2 n_tip channels, costs more time than it saves up to many thousand tokens.
+selection itself is T^2 scores of 2 n_tip channels. On a CPU it is ahead of dense attention from about 2048 tokens.
 Shapes: q, k (B, T, H, K), turned by RoPE; v (B, T, H, V); K/2 chunks.
 """
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frankenstein.errors import FrankensteinError
+from frankenstein.kernels import selected_keys
 from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, at_once, repeat_heads
 from frankenstein.mixers.contextual_agreement import (
     best_chunks,
@@ -130,6 +131,11 @@ def fasa_attention(  # noqa: PLR0913  the published interface
         row = q[example, :length], k[example, :length], v[example, :length]
         if length <= n_fac:
             o = softmax_attention(*(x[None] for x in row), causal=causal, scale=settings.scale)[0]
+            outputs.append(F.pad(o, (0, 0, 0, 0, 0, q.shape[1] - length)))
+        elif selected_keys.usable(*row):
+            o = selected_keys.selected_attention(
+                *row, settings.channels, count=n_fac, causal=causal, scale=settings.scale
+            )
             outputs.append(F.pad(o, (0, 0, 0, 0, 0, q.shape[1] - length)))
         else:
             outputs.append(_join([o for *_, o in _selected(*row, settings)], q, v, length))
