@@ -3,14 +3,17 @@
     python -m benchmarks.operators --out benchmarks/results/operators_cpu.json
     python -m benchmarks.operators --peers      # also transformers' chunked gated delta rule, where it is installed
 
-One way, forward and backward, float32. Recurrences: B = 1, T = 512, so that the plain form ends in reasonable time.
-Sparse operators: B = 1, T = 4096, about a tenth of the pairs kept, beside torch's fused dense attention.
+Forward and backward, float32. Recurrences: one way, B = 1, T = 512, so that the plain form ends in reasonable time.
+Sparse operators: both ways, B = 1, T = 4096, about a tenth of the pairs kept, beside torch's fused dense attention;
+sparge and fasa, which only run in evaluation, forward only, and so is dense attention beside them.
 """
 
 import argparse
 import importlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,12 @@ from torch import Tensor
 from benchmarks.machine import describe, paired
 from frankenstein.mixers import delta_rule, gla, griffin, hgrn2, kda, retnet, selective_scan, simple_gla, titans_memory
 from frankenstein.mixers.bigbird import bigbird_attention, bigbird_mask
+from frankenstein.mixers.fasa import fasa_attention
 from frankenstein.mixers.longformer import longformer_attention, longformer_mask
+from frankenstein.mixers.nsa import nsa_bidirectional
+from frankenstein.mixers.sparge import sparge_attention, sparge_block_map
 from frankenstein.mixers.sparse_transformer import sparse_transformer_attention, sparse_transformer_mask
+from frankenstein.mixers.sparsek import Selection, sparsek_attention
 
 Make = Callable[[int, int, int, int], tuple[Tensor, ...]]  # (B, T, H, K) -> the operator's tensors
 STATES = 16  # N of the selective scan
@@ -110,6 +117,16 @@ def passes(operator: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callabl
     return run
 
 
+def evaluations(operator: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callable[[], None]:
+    """Forward only."""
+
+    @torch.no_grad()
+    def run() -> None:
+        operator(*tensors)
+
+    return run
+
+
 def recurrence_rows(heads: int, width: int, length: int, runs: int) -> list[dict[str, Any]]:
     """Fast and plain form of each recurrence, in turn."""
     rows = []
@@ -121,33 +138,90 @@ def recurrence_rows(heads: int, width: int, length: int, runs: int) -> list[dict
     return rows
 
 
-def sparse_rows(heads: int, width: int, length: int, runs: int) -> list[dict[str, Any]]:
-    """Sparse operators at about a tenth of the pairs beside dense attention, in turn."""
+@dataclass(frozen=True)
+class Sparse:
+    """A sparse operator on its tensors, of which the first three are q, k and v, and the share of pairs it keeps."""
+
+    operator: Callable[..., Any]
+    tensors: tuple[Tensor, ...]
+    kept: float
+    trains: bool = True
+
+
+def sparse_cases(heads: int, width: int, length: int) -> dict[str, Sparse]:
+    """Every sparse operator with about a tenth of the pairs; those that only run in evaluation do not train."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, length, heads, width // heads) for _ in range(3))
-    block, window, stride = 64, length // 11, 2 * round(length**0.5 * 3.2)
+    qkv = tuple(torch.randn(1, length, heads, width // heads) for _ in range(3))
+    return {
+        **_fixed_patterns(qkv),
+        "sparsek": _sparsek(qkv),
+        "nsa": _nsa(qkv),
+        "sparge": _sparge(qkv),
+        "fasa": _fasa(qkv),
+    }
+
+
+def _fixed_patterns(qkv: tuple[Tensor, ...]) -> dict[str, Sparse]:
+    length, heads = qkv[0].shape[1:3]
+    block, window, stride = 64, length // 11, round(length**0.5 * 3)
     blocks = length // block
     chosen = torch.stack([_far_blocks(blocks, 1) for _ in range(heads)])
-    cases = {
-        "longformer": (
-            lambda q, k, v: longformer_attention(q, k, v, window_size=window, num_global=8),
-            longformer_mask(length, window_size=window, global_tokens=range(8)),
-        ),
-        "bigbird": (
-            lambda q, k, v: bigbird_attention(q, k, v, chosen, block_size=block),
-            bigbird_mask(length, block_size=block, rand_blocks=chosen),
-        ),
-        "sparse_transformer": (
-            lambda q, k, v: sparse_transformer_attention(q, k, v, pattern="strided", stride=stride),
-            sparse_transformer_mask(length, pattern="strided", stride=stride, causal=False),
-        ),
+    masks = {
+        "longformer": longformer_mask(length, window_size=window, global_tokens=range(8)),
+        "bigbird": bigbird_mask(length, block_size=block, rand_blocks=chosen),
+        "sparse_transformer": sparse_transformer_mask(length, pattern="strided", stride=stride, causal=False),
     }
+    operators: dict[str, Callable[..., Any]] = {
+        "longformer": partial(longformer_attention, window_size=window, num_global=8),
+        "bigbird": lambda q, k, v: bigbird_attention(q, k, v, chosen, block_size=block),
+        "sparse_transformer": partial(sparse_transformer_attention, pattern="strided", stride=stride),
+    }
+    return {name: Sparse(operators[name], qkv, mask.float().mean().item()) for name, mask in masks.items()}
+
+
+def _sparsek(qkv: tuple[Tensor, ...]) -> Sparse:
+    length, heads = qkv[0].shape[1:3]
+    selection = Selection(top_k=length // 20, window_size=length // 20)
+    operator = partial(sparsek_attention, selection=selection)
+    return Sparse(operator, (*qkv, torch.randn(1, length, heads)), (selection.top_k + selection.window_size) / length)
+
+
+def _nsa(qkv: tuple[Tensor, ...]) -> Sparse:
+    """Blocks of 64 tokens: means of all, a window of two, and selected ones for the rest."""
+    length, heads = qkv[0].shape[1:3]
+    size = 64
+    counts = max(4, (length // 10 - length // size) // size - 2)
+    operator = partial(nsa_bidirectional, block_size=size, block_counts=counts, window_size=2 * size)
+    gates = _gates(3, 1, length, heads)
+    return Sparse(operator, (*qkv, *gates), (size * (counts + 2) + length // size) / length)
+
+
+def _sparge(qkv: tuple[Tensor, ...]) -> Sparse:
+    """Neighbours are alike, as the method needs them; the kept blocks are a tenth."""
+    length, heads = qkv[0].shape[1:3]
+    topics = torch.randn(1, -(-length // 128), heads, qkv[0].shape[-1]).repeat_interleave(128, 1)[:, :length]
+    tensors = (topics + 0.5 * qkv[0], topics + 0.5 * qkv[1], qkv[2])
+    kept = sparge_block_map(*tensors[:2], topk=0.1).float().mean().item()
+    return Sparse(partial(sparge_attention, topk=0.1), tensors, kept, trains=False)
+
+
+def _fasa(qkv: tuple[Tensor, ...]) -> Sparse:
+    """Half of the frequencies choose a tenth of the tokens."""
+    length, heads, width = qkv[0].shape[1:]
+    dominant = torch.stack([torch.randperm(width // 2)[: width // 4] for _ in range(heads)])
+    operator = partial(fasa_attention, dominant=dominant, n_fac=length // 10)
+    return Sparse(operator, qkv, length // 10 / length, trains=False)
+
+
+def sparse_rows(heads: int, width: int, length: int, runs: int) -> list[dict[str, Any]]:
+    """Sparse operators beside dense attention on the same q, k and v, in turn."""
     rows = []
-    for name, (operator, mask) in cases.items():
-        mine, dense = passes(operator, (q, k, v)), passes(_dense, (q, k, v))
+    for name, case in sparse_cases(heads, width, length).items():
+        work = passes if case.trains else evaluations
+        mine, dense = work(case.operator, case.tensors), work(_dense, case.tensors[:3])
         taken, beside = paired(mine, dense, torch.device("cpu"), runs)
-        kept = round(mask.float().mean().item(), 3)
-        rows.append({**_row(name, length, taken, beside, "dense"), "kept_pairs": kept})
+        row = _row(name, length, taken, beside, "dense")
+        rows.append({**row, "kept_pairs": round(case.kept, 3), "forward_only": not case.trains})
     return rows
 
 
