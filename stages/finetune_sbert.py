@@ -1,4 +1,4 @@
-"""Fine-tune the ternary encoder and its full-precision parent into sentence encoders."""
+"""Fine-tune the ternary encoder, and its full-precision parent where there is one, into sentence encoders."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def main(
     curve: Path,
     resume: Path,
 ) -> None:
-    """Fine-tune the ternary encoder and its full-precision parent into sentence encoders."""
+    """Fine-tune the ternary encoder, and its full-precision parent where there is one, into sentence encoders."""
     from frankenstein.sentence.finetune import finetune_sbert
 
     finetune_sbert(

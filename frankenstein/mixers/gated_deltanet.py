@@ -59,7 +59,9 @@ class GatedDeltaNet(Mixer):
         allow_neg_eigval: bool = option(False, "Writing strength up to 2, for negative eigenvalues of the transition.")
         separate_directions: bool = option(False, "Decay and writing strength of their own for the reverse direction.")
         chunk_size: int = option(
-            32, "Tokens that are computed densely at once; any length takes linear time.", minimum=1
+            32,
+            "Tokens that are computed densely at once, on a GPU 64 or more; any length takes linear time.",
+            minimum=1,
         )
 
     def __init__(self, context: MixerContext, options: Options) -> None:

@@ -151,7 +151,9 @@ class GatedLinearAttention(Mixer):
         conv_size: int = option(
             0, "Tokens that a short convolution of queries, keys and values covers one way; 0 has none.", minimum=0
         )
-        chunk_size: int = option(64, "Tokens that are computed densely at once, at most.", enum=[16, 32, 64, 128, 256])
+        chunk_size: int = option(
+            64, "Tokens that are computed densely at once, at most; on a GPU 128 or more.", enum=[16, 32, 64, 128, 256]
+        )
 
     def __init__(self, context: MixerContext, options: Options) -> None:
         super().__init__(context, options)

@@ -184,7 +184,9 @@ class HGRN2(Mixer):
         conv_size: int = option(
             0, "Tokens that a short convolution of queries, gates and values covers one way; 0 has none.", minimum=0
         )
-        chunk_size: int = option(64, "Tokens that are computed densely at once, at most.", enum=[16, 32, 64, 128, 256])
+        chunk_size: int = option(
+            64, "Tokens that are computed densely at once, at most; on a GPU 128 or more.", enum=[16, 32, 64, 128, 256]
+        )
 
     def __init__(self, context: MixerContext, options: Options) -> None:
         super().__init__(context, options)

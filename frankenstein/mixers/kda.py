@@ -257,7 +257,9 @@ class KimiDeltaAttention(Mixer):
         allow_neg_eigval: bool = option(False, "Writing strength up to 2, for negative eigenvalues of the transition.")
         separate_directions: bool = option(False, "Decay and writing strength of their own for the reverse direction.")
         chunk_size: int = option(
-            32, "Tokens that are computed at once; any length takes linear time.", enum=[8, 16, 32, 64, 128]
+            32,
+            "Tokens that are computed at once, on a GPU 64 or more; any length takes linear time.",
+            enum=[8, 16, 32, 64, 128],
         )
 
     def __init__(self, context: MixerContext, options: Options) -> None:
