@@ -225,9 +225,10 @@ def _replay(options: argparse.Namespace) -> None:
             import_module(name)
         except ImportError as error:
             raise FrankensteinError(f"--plugin {name}: cannot be imported: {error}") from None
+    from frankenstein.sentence.objective import RECIPES
     from frankenstein.training.replay import replay, report
 
-    for line in report(replay(options.folder)):
+    for line in report(replay(options.folder, RECIPES)):
         print(line)
 
 

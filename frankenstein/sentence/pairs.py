@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class PairSet:
     """
 
     def __init__(self, pairs: Pairs, tokenizer: Tokenizer, max_length: int) -> None:
+        self.pairs = pairs
         self.first = SentenceRows(pairs.first, tokenizer, max_length)
         self.second = SentenceRows(pairs.second, tokenizer, max_length)
         self.targets = np.asarray(pairs.targets, dtype=np.float32)
@@ -52,6 +53,12 @@ class PairSet:
         rows = [self.first.row(i) for i in chosen] + [self.second.row(i) for i in chosen]
         ids, mask = pad_rows(rows, self.first.pad_id)
         return PairBatch(ids, mask, torch.from_numpy(self.targets[chosen]))
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """One pair as it was given: id, both sentences and the wanted cosine."""
+        pairs = self.pairs
+        sentences = {"id": pairs.ids[index], "first": pairs.first[index], "second": pairs.second[index]}
+        return {**sentences, "target": float(self.targets[index])}
 
     def in_order(self, batch_size: int) -> Iterator[np.ndarray]:
         """Index batches that visit every pair once, pairs of like length together."""

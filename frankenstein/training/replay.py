@@ -1,6 +1,6 @@
 """Run the step that an emergency folder holds again: same state, same batch, every module looked at."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,16 @@ from frankenstein.training.run import sampled
 from frankenstein.training.ternary import finish_loss, strengths
 
 
+class Recipe(NamedTuple):
+    """How the batch and the loss of one kind of objective are built again from an emergency folder.
+
+    `batch` takes the tensors of a micro-batch by name; `loss` takes the folder's config, the model and its device.
+    """
+
+    batch: Callable[[dict[str, Tensor]], Any]
+    loss: Callable[[dict[str, Any], Encoder, torch.device], Loss]
+
+
 class Replay(NamedTuple):
     """What was recorded when the step went wrong, and what its second run shows."""
 
@@ -37,9 +47,11 @@ class Replay(NamedTuple):
     seen: Inspection
 
 
-def replay(folder: Path) -> Replay:
+def replay(folder: Path, further: Mapping[str, Recipe] | None = None) -> Replay:
     """Run the step of an emergency folder again, on the GPU if there is one, with the recorded number of threads.
 
+    Args:
+        further: recipes of objectives that are not of this package, by the "kind" of their `Objective.recipe`.
     Raises:
         FrankensteinError: when the folder is no emergency checkpoint, is damaged, or holds a loss that cannot be built
             from it.
@@ -48,22 +60,24 @@ def replay(folder: Path) -> Replay:
     config = open_folder(folder, KIND)
     if not (folder / BATCH).is_file() or "objective" not in config:
         raise FrankensteinError(f"{folder}: has no {BATCH}; expected an emergency checkpoint (emergency-<step>)")
-    recipe = config["objective"]
-    if recipe is None or recipe["kind"] not in _LOSSES or config["model"] is None:
-        kind = config["label"] if recipe is None else recipe["kind"]
+    recipes = {**_RECIPES, **(further or {})}
+    recorded = config["objective"]
+    if recorded is None or recorded["kind"] not in recipes or config["model"] is None:
+        kind = config["label"] if recorded is None else recorded["kind"]
         raise FrankensteinError(
             f"{folder}: the loss of {kind!r} cannot be built again from the folder; expected one of "
-            f"{', '.join(_LOSSES)}. {NOTES} there has what was found when the step went wrong"
+            f"{', '.join(recipes)}. {NOTES} there has what was found when the step went wrong"
         )
+    recipe = recipes[recorded["kind"]]
     prepare_torch(config["threads"])
     device, settings = best_device(), config["settings"]
     model = _model(config["model"])
     load_model(model, str(folder / WEIGHTS))
     model = model.to(device)
-    loss = _LOSSES[recipe["kind"]](config, model, device)
+    loss = recipe.loss(config, model, device)
     precision = Precision(device, amp=settings["amp"], dtype=settings["amp_dtype"], scale=config["scale"])
     restore_generators(torch.load(folder / STATE, weights_only=True, map_location="cpu")["generators"])
-    seen = inspect_step(model, _batches(folder / BATCH), loss, precision)
+    seen = inspect_step(model, _batches(folder / BATCH, recipe), loss, precision)
     return Replay(config, read_json(folder / NOTES), device, seen)
 
 
@@ -96,12 +110,12 @@ def _model(config: dict[str, Any]) -> Encoder:
     return encoder if config["bitnet"] is None else convert_to_bitlinear(encoder, **config["bitnet"])
 
 
-def _batches(file: Path) -> list[MlmBatch]:
+def _batches(file: Path, recipe: Recipe) -> list[Any]:
     parts: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_file(file).items():
         micro, _, name = key.partition(".")
         parts.setdefault(int(micro), {})[name] = tensor
-    return [MlmBatch.from_tensors(parts[micro]) for micro in sorted(parts)]
+    return [recipe.batch(parts[micro]) for micro in sorted(parts)]
 
 
 def _mlm(config: dict[str, Any], model: Encoder, device: torch.device) -> Loss:
@@ -121,4 +135,4 @@ def _ternary(config: dict[str, Any], model: Encoder, device: torch.device) -> Lo
     return loss
 
 
-_LOSSES: dict[str, Callable[[dict[str, Any], Encoder, torch.device], Loss]] = {"mlm": _mlm, "ternary": _ternary}
+_RECIPES = {"mlm": Recipe(MlmBatch.from_tensors, _mlm), "ternary": Recipe(MlmBatch.from_tensors, _ternary)}

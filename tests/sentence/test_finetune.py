@@ -12,6 +12,7 @@ import scipy.stats
 import torch
 
 from frankenstein.artifact import MANIFEST, digests, open_folder
+from frankenstein.cli import main
 from frankenstein.errors import FrankensteinError
 from frankenstein.model.storage import load_encoder, save_encoder
 from frankenstein.quantization.artifact import load_latent
@@ -20,11 +21,14 @@ from frankenstein.sentence import finetune as module
 from frankenstein.sentence.encoder import SentenceEncoder, SentenceSettings
 from frankenstein.sentence.files import file_data
 from frankenstein.sentence.finetune import finetune, finetune_sbert
-from frankenstein.sentence.objective import SiameseObjective, rank_correlation
+from frankenstein.sentence.objective import RECIPES, SiameseObjective, rank_correlation
 from frankenstein.sentence.options import SbertOptions
 from frankenstein.sentence.pairs import PairSet
 from frankenstein.text.tokenizer import Tokenizer
+from frankenstein.training.emergency import batch_tensors
+from frankenstein.training.guard import TrainingStopped
 from frankenstein.training.loop import Trainer
+from frankenstein.training.replay import replay
 from tests.sentence.world import World, toy_pairs
 
 OPTIONS = SbertOptions(
@@ -218,3 +222,41 @@ def test_any_encoder_can_be_tuned_on_a_file_of_pairs(world: World, tmp_path: Pat
     )
     with pytest.raises(FrankensteinError, match="is a packed encoder, which cannot be trained"):
         finetune(encoder=world.quantized / "packed", out=tmp_path / "x", **common)
+
+
+def test_a_bad_step_names_its_pairs_and_can_be_run_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begin_step(self: SiameseObjective, model: Any, now: int) -> None:
+        if now == 9:
+            with torch.no_grad():
+                model.blocks[1].ffn.up.norm.weight.fill_(3e38)  # finite, its product is not
+
+    monkeypatch.setattr(SiameseObjective, "begin_step", begin_step)
+    with pytest.raises(TrainingStopped, match=r"First not finite: blocks\.1\.ffn\."):
+        run(world, tmp_path)
+    monkeypatch.undo()
+    assert not (tmp_path / "sbert").exists()
+    [folder] = (tmp_path / "resume").glob("*/emergency-*")
+    notes = json.loads((folder / "notes.json").read_text())
+    [rows] = notes["rows"]
+    assert len(rows) == 16 and set(rows[0]) == {"row", "id", "first", "second", "target"}
+    stored, toy = toy_pairs(256, len("stsbtrain")), rows[3]
+    assert toy["first"] == stored.first[toy["row"]] and toy["target"] == stored.targets[toy["row"]] / 5
+    result = replay(folder, RECIPES)
+    assert result.seen.first_bad == notes["second_run"]["first_bad"]
+    assert result.seen.gradients_not_finite == notes["second_run"]["gradients_not_finite"]
+    capsys.readouterr()
+    assert main(["replay", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert notes["step"] == 13  # the tenth, and three retries
+    assert shown.startswith("sbert ternary: step 13 of 64, on ")
+    assert f"training rows: {', '.join(str(row['row']) for row in rows)}; texts in notes.json" in shown
+
+
+def test_the_loss_that_is_built_again_is_the_loss_of_the_step(world: World) -> None:
+    toy, model = objective(world), load_encoder(world.full)
+    batch = toy.batch(1, 0)
+    recipe = RECIPES[toy.recipe()["kind"]]
+    again = recipe.loss({"objective": json.loads(json.dumps(toy.recipe()))}, model, torch.device("cpu"))
+    assert torch.equal(again(model, recipe.batch(batch_tensors(batch)))[0], toy.loss(model, batch)[0])
