@@ -7,16 +7,20 @@ Shapes: q, k (B, T, H, K); v (B, T, H, V).
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from frankenstein.kernels.rms_norm import RMSNorm
-from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
+from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, at_once, repeat_heads
 from frankenstein.options import option
 
 Bias = float | Tensor | None
+_TILE, _ROWS = 1 << 18, 16  # numbers of a tile: 1 MB; queries of one, at least
 
 
 def sigmoid_dense(
@@ -51,8 +55,9 @@ def sigmoid_attention(
     scale: float | None = None,
     bias: Bias = None,
 ) -> Tensor:
-    """Attention with independent sigmoid weights.
+    """Attention with independent sigmoid weights, in tiles that a cache holds; memory is linear in T.
 
+    The backward pass makes the weights again.
     Source: Ramapuram et al. 2024, section 2, https://arxiv.org/abs/2409.04431.
     Args:
         q, k: (B, T, H, K).
@@ -60,22 +65,100 @@ def sigmoid_attention(
         key_padding_mask: (B, T) bool, True for keys that may be attended; the others get weight 0.
         causal: query i sees the keys j <= i only.
         scale: of the dot products; None means K**-0.5.
-        bias: number or tensor that broadcasts to (B, H, T, T), added to the logits; None means -log T.
+        bias: number or tensor that broadcasts to (B, H, T, T), added to the logits; None means -log T. A tensor that
+            wants a gradient takes T^2 memory.
     Returns:  (B, T, H, V).
     """
     length = q.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias = -math.log(length) if bias is None else bias
-    # One (B, H, T, T) buffer from logits to weights: it is the largest tensor of the layer.
-    weights = (q.transpose(1, 2) * scale) @ k.permute(0, 2, 3, 1)
-    weights.add_(bias)
-    if causal:
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        weights.masked_fill_(future, float("-inf"))
-    weights.sigmoid_()
+    if isinstance(bias, Tensor) and bias.requires_grad:
+        return sigmoid_dense(q, k, v, key_padding_mask=key_padding_mask, causal=causal, scale=scale, bias=bias)
     if key_padding_mask is not None:
         v = v.masked_fill(~key_padding_mask[:, :, None, None], 0.0)
-    return (weights @ v.transpose(1, 2)).transpose(1, 2)
+    queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (q * scale, k, v))
+    o: Tensor = _SigmoidAttention.apply(queries, keys, values, _Logits(bias, q.shape[2], causal))
+    return o.unflatten(0, (-1, q.shape[2])).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """What the logits have besides q k^T, and the tiles that they are computed in."""
+
+    bias: float | Tensor
+    heads: int
+    causal: bool
+
+    def tiles(self, q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+        """Slices of q (B H, T, K): whole examples, queries, and the keys that these may see."""
+        count, length, _ = q.shape
+        room = at_once(q, _TILE)
+        examples = max(1, room // (self.heads * length**2)) * self.heads
+        rows = max(_ROWS, room // (examples * length))
+        for first in range(0, count, examples):
+            for start in range(0, length, rows):
+                stop = min(start + rows, length)
+                yield slice(first, first + examples), slice(start, stop), slice(stop if self.causal else length)
+
+    def weights(self, q: Tensor, k: Tensor, tile: tuple[slice, slice, slice]) -> Tensor:
+        """(n, L, M) of one tile, at least in float32."""
+        some, rows, keys = tile
+        x = q[some, rows] @ k[some, keys].mT
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if isinstance(self.bias, Tensor):
+            x.unflatten(0, (-1, self.heads)).add_(self._part(self.bias, tile))
+        else:
+            x.add_(self.bias)
+        if self.causal:
+            i, j = (torch.arange(s.start or 0, s.stop, device=q.device) for s in (rows, keys))
+            x.masked_fill_(j > i[:, None], float("-inf"))
+        return x.sigmoid_()
+
+    def _part(self, bias: Tensor, tile: tuple[slice, slice, slice]) -> Tensor:
+        some, rows, keys = tile
+        bias = bias[(None,) * (4 - bias.ndim)]
+        examples = slice(some.start // self.heads, some.stop // self.heads)
+        wanted = zip(bias.shape, (examples, slice(None), rows, keys), strict=True)
+        return bias[tuple(slice(None) if size == 1 else part for size, part in wanted)]
+
+
+class _SigmoidAttention(torch.autograd.Function):
+    """q, k, v (B H, T, .), q multiplied by the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, logits: _Logits) -> Tensor:
+        o = torch.empty_like(v)
+        for tile in logits.tiles(q):
+            some, rows, keys = tile
+            o[some, rows] = logits.weights(q, k, tile).to(v.dtype) @ v[some, keys]
+        ctx.save_for_backward(q, k, v)
+        ctx.logits = logits
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v = ctx.saved_tensors
+        grad, grad_q = grads[0].contiguous(), torch.empty_like(q)
+        total = torch.promote_types(q.dtype, torch.float32)
+        grad_k, grad_v = (torch.zeros(x.shape, dtype=total, device=x.device) for x in (k, v))
+        for tile in ctx.logits.tiles(q):
+            some, rows, keys = tile
+            weights = ctx.logits.weights(q, k, tile)
+            change = (grad[some, rows] @ v[some, keys].mT).to(weights.dtype)
+            change = torch.ops.aten.sigmoid_backward(change, weights).to(q.dtype)
+            grad_q[some, rows] = change @ k[some, keys]
+            _add_product(grad_k[some, keys], change.mT, q[some, rows])
+            _add_product(grad_v[some, keys], weights.to(v.dtype).mT, grad[some, rows])
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in place; total may have a wider type."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total.add_(a @ b)
 
 
 @MIXERS.register("sigmoid_attn")
