@@ -20,7 +20,7 @@ from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContex
 from frankenstein.options import option
 
 Bias = float | Tensor | None
-_TILE, _ROWS = 1 << 18, 16  # numbers of a tile: 1 MB; queries of one, at least
+_TILE, _ROWS = 1 << 18, 64  # numbers of a tile: 1 MB; queries and keys of one, at least
 
 
 def sigmoid_dense(
@@ -90,15 +90,18 @@ class _Logits:
     causal: bool
 
     def tiles(self, q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-        """Slices of q (B H, T, K): whole examples, queries, and the keys that these may see."""
+        """Slices of q (B H, T, K): whole examples, queries, and keys; together all pairs that are allowed."""
         count, length, _ = q.shape
         room = at_once(q, _TILE)
         examples = max(1, room // (self.heads * length**2)) * self.heads
         rows = max(_ROWS, room // (examples * length))
+        columns = max(_ROWS, room // (examples * rows))
         for first in range(0, count, examples):
             for start in range(0, length, rows):
                 stop = min(start + rows, length)
-                yield slice(first, first + examples), slice(start, stop), slice(stop if self.causal else length)
+                seen = stop if self.causal else length
+                for left in range(0, seen, columns):
+                    yield slice(first, first + examples), slice(start, stop), slice(left, min(left + columns, seen))
 
     def weights(self, q: Tensor, k: Tensor, tile: tuple[slice, slice, slice]) -> Tensor:
         """(n, L, M) of one tile, at least in float32."""
@@ -110,7 +113,7 @@ class _Logits:
         else:
             x.add_(self.bias)
         if self.causal:
-            i, j = (torch.arange(s.start or 0, s.stop, device=q.device) for s in (rows, keys))
+            i, j = (torch.arange(s.start, s.stop, device=q.device) for s in (rows, keys))
             x.masked_fill_(j > i[:, None], float("-inf"))
         return x.sigmoid_()
 
@@ -127,30 +130,33 @@ class _SigmoidAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, logits: _Logits) -> Tensor:
-        o = torch.empty_like(v)
+        o = _zeros(v)
         for tile in logits.tiles(q):
             some, rows, keys = tile
-            o[some, rows] = logits.weights(q, k, tile).to(v.dtype) @ v[some, keys]
+            _add_product(o[some, rows], logits.weights(q, k, tile).to(v.dtype), v[some, keys])
         ctx.save_for_backward(q, k, v)
         ctx.logits = logits
-        return o
+        return o.to(v.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
-        grad, grad_q = grads[0].contiguous(), torch.empty_like(q)
-        total = torch.promote_types(q.dtype, torch.float32)
-        grad_k, grad_v = (torch.zeros(x.shape, dtype=total, device=x.device) for x in (k, v))
+        grad, grad_q, grad_k, grad_v = grads[0].contiguous(), *(_zeros(x) for x in (q, k, v))
         for tile in ctx.logits.tiles(q):
             some, rows, keys = tile
             weights = ctx.logits.weights(q, k, tile)
             change = (grad[some, rows] @ v[some, keys].mT).to(weights.dtype)
             change = torch.ops.aten.sigmoid_backward(change, weights).to(q.dtype)
-            grad_q[some, rows] = change @ k[some, keys]
+            _add_product(grad_q[some, rows], change, k[some, keys])
             _add_product(grad_k[some, keys], change.mT, q[some, rows])
             _add_product(grad_v[some, keys], weights.to(v.dtype).mT, grad[some, rows])
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None
+
+
+def _zeros(x: Tensor) -> Tensor:
+    """For sums over tiles: contiguous, at least float32."""
+    return torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
