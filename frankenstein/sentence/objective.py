@@ -42,6 +42,7 @@ class SiameseObjective(Objective):
     ) -> None:
         self.train, self.dev, self.options = train, dev, options
         self.order = PairOrder(train.lengths, sizes, options.batch_size, seed)
+        pair_loss(options.loss)  # a name that is not built stops here, before any work
         self.vectors = Vectors(options.loss, options.pooling, options.normalize)
 
     @property

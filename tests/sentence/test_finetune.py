@@ -13,7 +13,7 @@ import torch
 
 from frankenstein.artifact import MANIFEST, digests, open_folder
 from frankenstein.cli import main
-from frankenstein.errors import FrankensteinError
+from frankenstein.errors import FrankensteinError, NotBuiltYetError
 from frankenstein.model.storage import load_encoder, save_encoder
 from frankenstein.quantization.artifact import load_latent
 from frankenstein.quantization.convert import bitnet_config
@@ -260,3 +260,9 @@ def test_the_loss_that_is_built_again_is_the_loss_of_the_step(world: World) -> N
     recipe = RECIPES[toy.recipe()["kind"]]
     again = recipe.loss({"objective": json.loads(json.dumps(toy.recipe()))}, model, torch.device("cpu"))
     assert torch.equal(again(model, recipe.batch(batch_tensors(batch)))[0], toy.loss(model, batch)[0])
+
+
+def test_a_loss_that_is_not_built_stops_before_any_step(world: World) -> None:
+    toy = objective(world)
+    with pytest.raises(NotBuiltYetError, match="'mnrl' is not built yet"):
+        SiameseObjective(toy.train, (len(toy.train),), {}, replace(OPTIONS, loss="mnrl"), seed=1)
