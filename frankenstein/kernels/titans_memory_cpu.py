@@ -48,7 +48,10 @@ def _starts(q: Tensor, state: Tensor, both_ways: bool, keep: bool) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, state: Tensor, both_ways: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, last state (of the last direction) and, for the backward pass, the states that enter the chunks."""
+    """Output, last state (of the last direction) and, for the backward pass, the states that enter the chunks.
+
+    V is a multiple of the kernel's lanes.
+    """
     o, last, starts = torch.empty_like(v), state.clone(), _starts(q, state, both_ways, keep)
     tensors = (q, k, v, gates, o, last, starts if keep else None)
     loaded(NAME).memory_forward(*map(pointer, tensors), *_sizes(q, v, gates, both_ways))

@@ -71,7 +71,8 @@ def test_a_token_of_no_rate_writes_nothing_and_is_read_by_nobody() -> None:
 
 @pytest.mark.parametrize("both_ways", [False, True])
 def test_it_is_an_operator_that_torch_can_trace(both_ways: bool) -> None:
-    inputs = tensors((1, 34, 2, 4, 8), 3, state=True)
+    lanes = native.constant("lanes", titans_memory_cpu.NAME)  # the operator itself takes whole vectors
+    inputs = tensors((1, 34, 2, 4, lanes), 3, state=True)
     leaves = [x.requires_grad_() for x in inputs if x is not None]
     torch.library.opcheck(torch.ops.frankenstein.titans_memory.default, (*leaves, both_ways, True))
 
