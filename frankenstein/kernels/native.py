@@ -64,12 +64,12 @@ def constant(name: str, of: str) -> int:
     return int(getattr(loaded(of), name)())
 
 
-def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """Address of a contiguous float32 tensor on the CPU, or of nothing."""
+def pointer(x: Tensor | None, dtype: torch.dtype = torch.float32) -> ctypes.c_void_p:
+    """Address of a contiguous tensor of this dtype on the CPU, or of nothing."""
     if x is None:
         return ctypes.c_void_p(None)
-    if not (x.is_cpu and x.is_contiguous() and x.dtype == torch.float32):
-        raise ValueError(f"expected a contiguous float32 tensor on the CPU, found {x.dtype} on {x.device}")
+    if not (x.is_cpu and x.is_contiguous() and x.dtype == dtype):
+        raise ValueError(f"expected a contiguous {dtype} tensor on the CPU, found {x.dtype} on {x.device}")
     return ctypes.c_void_p(x.data_ptr())
 
 

@@ -66,18 +66,20 @@ def norm_gradients(
     """Gradients of x and, where wanted, of the weight, differentiable once more.
 
     Args:
-        grad, x: (..., D); weight: (D,); inverse: (..., 1), 1 / sqrt(mean(x^2) + eps).
+        grad, x: (..., D), of any floating types; weight: (D,); inverse: (..., 1), 1 / sqrt(mean(x^2) + eps).
+    Returns:  that of x, in its type, and that of the weight.
     """
     if torch.is_grad_enabled():  # a second derivative needs the way from x to the inverse
         inverse = _inverse_rms(x, eps)
-    elif rows.usable(x, weight, grad):
+    elif rows.usable(x, grad, half=True) and rows.usable(weight):
         return rows.norm_gradients(grad, x, weight, inverse)
+    grad = grad.to(torch.promote_types(x.dtype, torch.float32))
     product = grad * x
     with torch.autocast(x.device.type, enabled=False):
         along = (product @ weight)[..., None]
         weight_grad = inverse.reshape(-1) @ product.reshape(-1, x.shape[-1]) if wants_weight else None
     shrink = inverse.pow(3).mul_(along).mul_(-1.0 / x.shape[-1])
-    return torch.addcmul((grad * inverse).mul_(weight), x, shrink), weight_grad
+    return torch.addcmul((grad * inverse).mul_(weight), x, shrink).to(x.dtype), weight_grad
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -1,10 +1,11 @@
-/* Rows of a float32 matrix (n, d) on a CPU: RMS norm and its gradients, int8 codes, scaling of a product of codes.
+/* Rows of a matrix (n, d) on a CPU: RMS norm and its gradients, int8 codes, scaling of a product of codes.
 
      r = 1 / sqrt(mean(x^2) + eps)     y = (x r) w     s = max(max|y|, 1e-5) / 127     c = round(y / s), half to even
      dx = (g r) w - x r^3 mean(x w g)     dw = sum over rows of g x r
 
    A row is read from memory once. Every row is worked on by one thread, and sums over rows are made in blocks of a
-   fixed size, so that the bits do not depend on the number of threads. */
+   fixed size, so that the bits do not depend on the number of threads.
+   Matrices are float32, or bfloat16 where the argument `half` has their bit; all arithmetic is float32. */
 
 #include "vectors.h"
 
@@ -15,6 +16,41 @@
 #define FLOOR 1e-5f
 
 int64_t block(void) { return BLOCK; }
+
+/* Bits of `half`: the first matrix read, the second one, the one written. */
+enum { FIRST = 1, SECOND = 2, WRITTEN = 4 };
+
+static inline void widen(const uint16_t *from, float *to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t bits = (uint32_t)from[i] << 16;
+    memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+/* To the nearest, half to even; NaN stays NaN. */
+static inline void narrow(const float *from, uint16_t *to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    memcpy(&bits, from + i, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to[i] = (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
+  }
+}
+
+/* A row to read: where it is, or widened into `room`. */
+static inline const float *row_in(const void *x, int64_t row, int64_t d, int64_t half, float *room) {
+  if (!half) return (const float *)x + row * d;
+  widen((const uint16_t *)x + row * d, room, d);
+  return room;
+}
+
+/* Where to write a row; `done` narrows what stands in `room`. */
+static inline float *row_out(void *y, int64_t row, int64_t d, int64_t half, float *room) {
+  return half ? room : (float *)y + row * d;
+}
+static inline void done(void *y, int64_t row, int64_t d, int64_t half, const float *room) {
+  if (half) narrow(room, (uint16_t *)y + row * d, d);
+}
 
 /* The first n < W lanes; the others are 0. */
 static inline vf load_part(const float *p, int64_t n) { vf v = {}; memcpy(&v, p, n * sizeof *p); return v; }
@@ -69,15 +105,16 @@ void norm_forward(const float *x, const float *w, float *y, float *inverse, doub
 }
 
 /* dw: (ceil(n / BLOCK), d), partial sums. */
-void norm_backward(const float *x, const float *w, const float *inverse, const float *g, float *dx, float *dw,
+void norm_backward(const void *x, const float *w, const float *inverse, const void *g, void *dx, float *dw, int64_t half,
                    int64_t n, int64_t d, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * d > SMALL)
   for (int64_t part = 0; part < (n + BLOCK - 1) / BLOCK; part++) {
-    float *sum = dw + part * d;
+    float *sum = dw + part * d, first[d], second[d], third[d];
     memset(sum, 0, d * sizeof *sum);
     for (int64_t row = part * BLOCK; row < least(n, (part + 1) * BLOCK); row++) {
-      const float *from = x + row * d, *grad = g + row * d, r = inverse[row];
-      float *to = dx + row * d;
+      const float *from = row_in(x, row, d, half & FIRST, first), *grad = row_in(g, row, d, half & SECOND, second);
+      const float r = inverse[row];
+      float *to = row_out(dx, row, d, half & WRITTEN, third);
       vf along[2] = {};
 #define BODY(GET, PUT)                                      \
   const vf product = GET(from + at) * GET(grad + at);       \
@@ -89,17 +126,18 @@ void norm_backward(const float *x, const float *w, const float *inverse, const f
 #define BODY(GET, PUT) PUT(to + at, GET(grad + at) * r * GET(w + at) - GET(from + at) * shrink);
       EACH(d, BODY);
 #undef BODY
+      done(dx, row, d, half & WRITTEN, to);
     }
   }
 }
 
 /* w and inverse are null where the rows are taken as they are. */
-void quantize(const float *x, const float *w, float *codes, float *scale, float *inverse, double eps, int64_t n,
-              int64_t d, int64_t threads) {
+void quantize(const void *x, const float *w, void *codes, float *scale, float *inverse, double eps, int64_t half,
+              int64_t n, int64_t d, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * d > SMALL)
   for (int64_t row = 0; row < n; row++) {
-    const float *from = x + row * d;
-    float *to = codes + row * d, r = 1;
+    float first[d], third[d], r = 1, *to = row_out(codes, row, d, half & WRITTEN, third);
+    const float *from = row_in(x, row, d, half & FIRST, first);
     if (w) r = inverse[row] = inverse_rms(from, d, (float)eps);
     vf most = {};
 #define BODY(GET, PUT)                                                       \
@@ -112,24 +150,47 @@ void quantize(const float *x, const float *w, float *codes, float *scale, float 
 #define BODY(GET, PUT) PUT(to + at, rounded(GET(to + at) / s));
     EACH(d, BODY);
 #undef BODY
+    done(codes, row, d, half & WRITTEN, to);
   }
 }
 
-/* (p s_row) s_column, in place; scales (1,) or (d,) of the columns. */
-void rescale(float *p, const float *row_scale, const float *column_scale, int64_t n, int64_t d, int64_t scales,
-             int64_t threads) {
+/* (p s_row) s_column, which may take the place of p; scales (1,) or (d,) of the columns. */
+void rescale(const void *p, const float *row_scale, const float *column_scale, void *y, int64_t half, int64_t n,
+             int64_t d, int64_t scales, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (n * d > SMALL)
   for (int64_t row = 0; row < n; row++) {
-    float *to = p + row * d, s = row_scale[row];
+    float first[d], third[d], *to = row_out(y, row, d, half & WRITTEN, third), s = row_scale[row];
+    const float *from = row_in(p, row, d, half & FIRST, first);
     if (scales == 1) {
       const float one = column_scale[0];
-#define BODY(GET, PUT) PUT(to + at, GET(to + at) * s * one);
+#define BODY(GET, PUT) PUT(to + at, GET(from + at) * s * one);
       EACH(d, BODY);
 #undef BODY
     } else {
-#define BODY(GET, PUT) PUT(to + at, GET(to + at) * s * GET(column_scale + at));
+#define BODY(GET, PUT) PUT(to + at, GET(from + at) * s * GET(column_scale + at));
       EACH(d, BODY);
 #undef BODY
     }
+    done(y, row, d, half & WRITTEN, to);
+  }
+}
+
+/* Ternary codes of the rows of a weight and their scales: s = max(mean|w|, 1e-5), c = clip(round(w / s), -1, 1). */
+void ternarize(const float *w, void *codes, float *scale, int64_t half, int64_t n, int64_t d, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (n * d > SMALL)
+  for (int64_t row = 0; row < n; row++) {
+    const float *from = w + row * d;
+    float third[d], *to = row_out(codes, row, d, half & WRITTEN, third);
+    vf sum[2] = {};
+#define BODY(GET, PUT) sum[at / W % 2] += absolute(GET(from + at));
+    EACH(d, BODY);
+#undef BODY
+    const float mean = across(sum[0] + sum[1]) / (float)d, s = scale[row] = mean < FLOOR ? FLOOR : mean;
+#define BODY(GET, PUT)                                                                    \
+  const vf v = rounded(GET(from + at) / s);                                               \
+  PUT(to + at, choose(v > splat(1.0f), splat(1.0f), choose(v < splat(-1.0f), splat(-1.0f), v)));
+    EACH(d, BODY);
+#undef BODY
+    done(codes, row, d, half & WRITTEN, to);
   }
 }

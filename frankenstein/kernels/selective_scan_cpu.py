@@ -103,11 +103,13 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.reverse, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)  # the zeros of an unused gradient, as large as the kept states, take time
 
 
-def _differentiate(ctx: Any, dy: Tensor, d_last: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, d_last: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     u, dt, rates, B, C, starts = ctx.saved_tensors
+    dy = torch.zeros_like(u) if dy is None else dy
+    d_last = starts.new_zeros(len(u), *rates.shape) if d_last is None else d_last
     return *_backward(u, dt, rates, B, C, starts, dy.contiguous(), d_last, ctx.reverse), None, None
 
 

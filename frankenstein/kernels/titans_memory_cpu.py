@@ -89,11 +89,14 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, gates, _, ctx.both_ways, _ = inputs
     ctx.save_for_backward(q, k, v, gates, output[2])
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)  # the zeros of an unused gradient, as large as the kept states, take time
 
 
-def _differentiate(ctx: Any, d_o: Tensor, d_last: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(*ctx.saved_tensors, d_o.contiguous(), d_last, ctx.both_ways), None, None
+def _differentiate(ctx: Any, d_o: Tensor | None, d_last: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    *tensors, starts = ctx.saved_tensors
+    d_o = torch.zeros_like(tensors[2]) if d_o is None else d_o.contiguous()
+    d_last = starts.new_zeros(starts.shape[2:]) if d_last is None else d_last
+    return *_backward(*tensors, starts, d_o, d_last, ctx.both_ways), None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frankenstein.mixers import short_attention
 from frankenstein.mixers.base import MIXERS, HeadProjections, Mixer, MixerContext, repeat_heads
 
 Scores = Callable[[Tensor, Tensor], Tensor] | None
@@ -61,11 +62,13 @@ def softmax_attention(
     if scores is not None:
         logits = scores(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
         return _attend(logits, v, _allowed_pairs(q.shape[1], key_padding_mask, causal, q.device))
-    alone = key_padding_mask is None and causal
+    queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+    short = short_attention.pays(queries, keys)
+    alone = key_padding_mask is None and causal and not short
     allowed = None if alone else _allowed_pairs(q.shape[1], key_padding_mask, causal, q.device)
-    o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=allowed, is_causal=alone, scale=scale
-    )
+    if short:
+        return short_attention.attend(queries, keys, values, allowed, scale).transpose(1, 2)
+    o = F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed, is_causal=alone, scale=scale)
     return o.transpose(1, 2)
 
 

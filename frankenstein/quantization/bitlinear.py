@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from frankenstein.errors import FrankensteinError
 from frankenstein.kernels import rows
 from frankenstein.kernels.rms_norm import RMSNorm, norm_gradients, rms_norm
+from frankenstein.runtime import product_dtype
 
 SCALE_FLOOR = 1e-5
 NORM_EPS = 1e-6
 SCALES = ("channel", "tensor")
+KERNEL_TYPES = (torch.float32, torch.bfloat16)  # that the C kernels write codes in
 
 
 def activation_codes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,23 +46,28 @@ def normed_codes(x: Tensor, norm_weight: Tensor | None, eps: float) -> tuple[Ten
     return activation_codes(rms_norm(x, norm_weight, eps))
 
 
-def ternary_codes(weight: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
-    """Codes -1, 0, 1 in the dtype of weight (out, in), and their scale: (1,), or (out,) per channel."""
+def ternary_codes(weight: Tensor, per_channel: bool, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Codes -1, 0, 1 of weight (out, in) in `dtype` (None: its own), and their scale: (1,), or (out,) per channel."""
+    dtype = weight.dtype if dtype is None else dtype
+    if per_channel and dtype in KERNEL_TYPES and rows.usable(weight):
+        return rows.ternarize(weight, dtype)
     magnitude = weight.abs()
     scale = magnitude.mean(1) if per_channel else magnitude.mean().reshape(1)
     scale = scale.clamp_min_(SCALE_FLOOR)
-    return (weight / scale[:, None]).round_().clamp_(-1, 1), scale
+    return (weight / scale[:, None]).round_().clamp_(-1, 1).to(dtype), scale
 
 
 def rescale(product: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """((product * x_scale) * weight_scale) + bias, in place.
+    """((product * x_scale) * weight_scale) + bias, in place where the dtypes are one; half types are rounded once.
 
     Args: product: (..., out); x_scale: (..., 1); weight_scale: (1,) or (out,); bias: (out,).
     """
-    if rows.usable(product, x_scale, weight_scale):
+    if rows.usable(product, half=True) and rows.usable(x_scale, weight_scale):
         rows.rescale(product, x_scale, weight_scale)
-    else:
+    elif product.dtype == x_scale.dtype:
         product.mul_(x_scale).mul_(weight_scale)
+    else:
+        product = (product * x_scale).mul_(weight_scale).to(product.dtype)
     return product if bias is None else product.add_(bias)
 
 
@@ -89,7 +96,7 @@ def ternary_quantize(weight: Tensor, *, per_channel: bool = False) -> tuple[Tens
 class _TernaryLinear(torch.autograd.Function):
     """Product of the quantized input and weight; the gradient passes both roundings as if they were the identity.
 
-    Under autocast the product of the codes (exact as inputs) is rounded to the autocast type, as any linear layer's is.
+    Under autocast all products, here and in the backward pass, take its type; the codes are exact in it.
     """
 
     @staticmethod
@@ -102,35 +109,37 @@ class _TernaryLinear(torch.autograd.Function):
         norm_weight: Tensor | None,
         eps: float,
     ) -> Tensor:
-        inverse = None
-        if norm_weight is None:
-            x_codes, x_scale = activation_codes(x)
+        dtype = product_dtype(x)
+        if rows.usable(x, half=True) and dtype in KERNEL_TYPES:
+            x_codes, x_scale, inverse = rows.quantize(x, norm_weight, eps, dtype)
         else:
-            x_codes, x_scale, inverse = rows.quantize(x, norm_weight, eps)
-        w_codes, w_scale = ternary_codes(weight, per_channel)
+            (x_codes, x_scale), inverse = activation_codes(x), None
+            x_codes = x_codes.to(dtype)
+        if dtype == torch.float16:  # whose largest number a sum of 516 codes can reach
+            x_codes, x_scale = x_codes / 128, x_scale * 128
+        w_codes, w_scale = ternary_codes(weight, per_channel, dtype)
         normed = () if norm_weight is None else (x, norm_weight, inverse)
         ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale, *normed)
-        ctx.autocast, ctx.eps = torch.is_autocast_enabled(x.device.type), eps
-        product = F.linear(x_codes, w_codes).to(x.dtype)
-        return rescale(product, x_scale, w_scale, bias)
+        ctx.dtypes, ctx.eps = (x.dtype, weight.dtype), eps
+        return rescale(F.linear(x_codes, w_codes), x_scale, w_scale, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         x_codes, x_scale, w_codes, w_scale, *normed = ctx.saved_tensors
         flat = grad.flatten(0, -2)
-        grad_x = grad_weight = grad_bias = grad_norm = None
-        device = grad.device.type
-        with torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=ctx.autocast):
+        grad_x = grad_weight = grad_norm = None
+        grad_bias = flat.sum(0, dtype=ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
-                grad_x = (grad @ (w_codes * w_scale[:, None])).to(grad.dtype)
+                grad_x = grad @ (w_codes * w_scale[:, None]).to(grad.dtype)
             if ctx.needs_input_grad[1]:
-                grad_weight = (flat.T @ (x_codes * x_scale).flatten(0, -2)).to(grad.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = flat.sum(0)
-        if normed and grad_x is not None:
-            x, norm_weight, inverse = normed
-            grad_x, grad_norm = norm_gradients(grad_x, x, norm_weight, inverse, ctx.eps, ctx.needs_input_grad[4])
-        return grad_x, grad_weight, grad_bias, None, grad_norm, None
+                dequantize = rows.dequantize if rows.usable(x_codes, half=True) else torch.mul
+                values = dequantize(x_codes, x_scale).to(grad.dtype)
+                grad_weight = (flat.T @ values.flatten(0, -2)).to(ctx.dtypes[1])
+            if normed and grad_x is not None:
+                x, norm_weight, inverse = normed
+                grad_x, grad_norm = norm_gradients(grad_x, x, norm_weight, inverse, ctx.eps, ctx.needs_input_grad[4])
+        return None if grad_x is None else grad_x.to(ctx.dtypes[0]), grad_weight, grad_bias, None, grad_norm, None
 
 
 def ternary_linear(
@@ -145,10 +154,13 @@ def ternary_linear(
     """Linear layer on int8 activations and ternary weights, with straight-through gradients.
 
     Args: x: (..., in); weight: (out, in); bias: (out,); norm_weight: (in,), of an RMS norm before it.
-    Returns: (..., out); half types are computed and returned in float32.
+    Returns: (..., out), in the type of autocast where that is on; else half types are computed and returned in float32.
     """
-    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    if norm_weight is not None and not rows.usable(x, norm_weight):
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    kept = rows.usable(x, half=True) and autocast and product_dtype(x) == torch.bfloat16  # the kernels read bfloat16
+    x = x.float() if half and not kept else x
+    if norm_weight is not None and not (kept or rows.usable(x, norm_weight)):
         x, norm_weight = rms_norm(x, norm_weight, eps), None
     y: Tensor = _TernaryLinear.apply(x, weight, bias, per_channel, norm_weight, eps)
     return y

@@ -85,5 +85,5 @@ def test_a_cache_folder_that_cannot_be_made_is_passed_over(tmp_path: Path, monke
 
 def test_only_what_the_kernels_can_read_is_passed_to_them() -> None:
     for x in (torch.zeros(3, dtype=torch.float64), torch.zeros(4, 4).T):
-        with pytest.raises(ValueError, match="expected a contiguous float32 tensor on the CPU, found"):
+        with pytest.raises(ValueError, match=r"expected a contiguous torch.float32 tensor on the CPU, found"):
             native.pointer(x)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from frankenstein.kernels import native, rows
 from frankenstein.kernels.rms_norm import rms_norm
-from frankenstein.quantization.bitlinear import BitLinear, activation_codes, normed_codes, rescale
+from frankenstein.quantization.bitlinear import BitLinear, activation_codes, normed_codes, rescale, ternary_codes
 
 pytestmark = pytest.mark.skipif(not native.available(rows.NAME), reason="needs a C compiler")
 SHAPES = [(300, 64), (65, 7), (1000, 130), (1, 1), (2, 3, 16), (0, 8)]
@@ -39,7 +39,7 @@ def test_codes_and_products_have_the_bits_of_the_torch_form(
     fused = normed_codes(x, scales[0], 1e-6)
     in_turn = activation_codes(rms_norm(x, scales[0]))
     assert all(map(torch.equal, fused, in_turn)), "norm and codes at once are norm, then codes"
-    monkeypatch.setattr(rows, "usable", lambda *_: False)
+    monkeypatch.setattr(rows, "usable", lambda *_, half=False: False)
     expected = [*activation_codes(x), *(rescale(x.clone(), per_row, s, None) for s in scales)]
     assert all(map(torch.equal, found, expected))
 
@@ -80,10 +80,70 @@ def test_a_ternary_layer_has_the_gradients_of_the_torch_form(monkeypatch: pytest
     with torch.no_grad():
         layer.norm.weight.copy_(draw(24, seed=2))
     found = []
-    for usable in (rows.usable, lambda *_: False):
+    for usable in (rows.usable, lambda *_, half=False: False):
         monkeypatch.setattr(rows, "usable", usable)
         leaf = x.clone().requires_grad_()
         y = layer(leaf)
         found.append([y, *torch.autograd.grad(y, [leaf, *layer.parameters()], grad)])
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_ternary_codes_are_those_of_the_torch_form(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = draw(*shape)
+    for dtype in (torch.float32, torch.bfloat16):
+        with monkeypatch.context() as patch:
+            codes, scale = ternary_codes(weight, True, dtype)
+            patch.setattr(rows, "usable", lambda *_, half=False: False)
+            expected, expected_scale = ternary_codes(weight, True, dtype)
+        assert codes.dtype == expected.dtype == dtype and torch.equal(codes, expected)
+        torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_rows_are_computed_in_float32_and_rounded_once(shape: tuple[int, ...]) -> None:
+    half = torch.bfloat16
+    x, grad, per_row = draw(*shape).to(half), draw(*shape, seed=2).to(half), draw(*shape[:-1], 1, seed=3)
+    weight = draw(shape[-1], seed=1)
+    codes, scale, inverse = rows.quantize(x, weight, 1e-6, half)
+    wide_codes, wide_scale, wide_inverse = rows.quantize(x.float(), weight, 1e-6)
+    assert codes.dtype == half and torch.equal(codes.float(), wide_codes)
+    assert inverse is not None and wide_inverse is not None
+    assert torch.equal(scale, wide_scale) and torch.equal(inverse, wide_inverse)
+    dx, dw = rows.norm_gradients(grad, x, weight, inverse)
+    wide_dx, wide_dw = rows.norm_gradients(grad.float(), x.float(), weight, inverse)
+    assert torch.equal(dx, wide_dx.to(half)) and torch.equal(dw, wide_dw)
+    assert torch.equal(rows.dequantize(codes, per_row), (wide_codes * per_row).to(half))
+    expected = rows.rescale(wide_codes.clone(), per_row, weight).to(half)
+    assert torch.equal(rows.rescale(codes.clone(), per_row, weight), expected)
+
+
+def test_narrowing_rounds_half_to_even_and_keeps_nan_and_infinity() -> None:
+    one = torch.ones(1)
+    exact = torch.tensor([[1 + 2**-7, 3.0, 1.5, float("inf"), -float("inf"), 1e-40, -0.0, float("nan")]]).bfloat16()
+    scaled = rows.rescale(exact.clone(), torch.tensor([[1 + 2**-8]]), one)  # between two numbers of bfloat16
+    assert torch.equal(scaled.nan_to_num(7.0), (exact.float() * (1 + 2**-8)).bfloat16().nan_to_num(7.0))
+    nan = torch.tensor([[0x7F81, 0x7FFF, -1]], dtype=torch.int16).view(torch.bfloat16)  # rounding would carry over
+    assert rows.rescale(nan.clone(), one[None], one).isnan().all()
+
+
+def test_a_ternary_layer_under_autocast_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways the codes are exact; outputs and gradients differ by the rounding of bfloat16 alone."""
+    torch.manual_seed(0)
+    layer, x, grad = BitLinear(64, 40), draw(5, 7, 64), draw(5, 7, 40, seed=1)
+    exact = x.clone().requires_grad_()
+    y = layer(exact)
+    expected = [y, *torch.autograd.grad(y, [exact, *layer.parameters()], grad)]
+    for usable in (rows.usable, lambda *_, half=False: False):
+        monkeypatch.setattr(rows, "usable", usable)
+        for dtype in (torch.float32, torch.bfloat16):
+            leaf = x.to(dtype).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = layer(leaf)
+            assert y.dtype == torch.bfloat16
+            found = [y, *torch.autograd.grad(y, [leaf, *layer.parameters()], grad.bfloat16())]
+            assert [g.dtype for g in found[1:]] == [dtype, *(p.dtype for p in layer.parameters())]
+            for got, wanted in zip(found, expected, strict=True):
+                difference = (got.float() - wanted).abs().max() / wanted.abs().max()
+                assert difference < 0.02, difference

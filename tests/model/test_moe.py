@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from frankenstein.model import moe
 from frankenstein.model.encoder import Encoder
 from frankenstein.model.feed_forward import FeedForward
 from frankenstein.model.moe import MixtureOfExperts, balance_loss, route
@@ -227,3 +228,19 @@ def test_experts_start_as_the_dense_layers_do_and_are_counted_and_grouped_with_t
     assert model.parameter_count()["ffn"] == 4 * (4 * 2 * 128 * 384 + 4 * 128)
     other = {id(p) for p in parameter_groups(model)["other"]}
     assert other == {id(p) for block in model.blocks for p in block.ffn.parameters()}
+
+
+def test_filled_up_groups_under_autocast_change_nothing_but_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = experts().float().train(), tokens(dtype=torch.float32)
+    found, counts = [], []
+    for expert in layer.experts:
+        expert.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+    for fill in (moe._fill, lambda *_: 0):
+        monkeypatch.setattr(moe, "_fill", fill)
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(leaf)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])])
+    assert all(n % 64 == 0 for n in counts[:4]) and not any(n % 64 == 0 for n in counts[4:])
+    for filled, plain in zip(*found, strict=True):
+        torch.testing.assert_close(filled, plain, rtol=1e-2, atol=1e-2)
