@@ -1,12 +1,14 @@
-/* Rows of a matrix (n, d) on a CPU: RMS norm and its gradients, int8 codes, scaling of a product of codes.
+/* Rows of a matrix (n, d) on a CPU: RMS norm, dynamic tanh and their gradients, int8 codes, scaling of their products.
 
      r = 1 / sqrt(mean(x^2) + eps)     y = (x r) w     s = max(max|y|, 1e-5) / 127     c = round(y / s), half to even
      dx = (g r) w - x r^3 mean(x w g)     dw = sum over rows of g x r
+     dynamic tanh: t = tanh(a x)     y = t w + b     dx = g w (1 - t^2) a     da = sum of g w (1 - t^2) x
 
    A row is read from memory once. Every row is worked on by one thread, and sums over rows are made in blocks of a
    fixed size, so that the bits do not depend on the number of threads.
    Matrices are float32, or bfloat16 where the argument `half` has their bit; all arithmetic is float32. */
 
+#include "halves.h"
 #include "vectors.h"
 
 #include <math.h>
@@ -16,26 +18,6 @@
 #define FLOOR 1e-5f
 
 int64_t block(void) { return BLOCK; }
-
-/* Bits of `half`: the first matrix read, the second one, the one written. */
-enum { FIRST = 1, SECOND = 2, WRITTEN = 4 };
-
-static inline void widen(const uint16_t *from, float *to, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
-    const uint32_t bits = (uint32_t)from[i] << 16;
-    memcpy(to + i, &bits, sizeof bits);
-  }
-}
-
-/* To the nearest, half to even; NaN stays NaN. */
-static inline void narrow(const float *from, uint16_t *to, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
-    uint32_t bits;
-    memcpy(&bits, from + i, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    to[i] = (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
-  }
-}
 
 /* A row to read: where it is, or widened into `room`. */
 static inline const float *row_in(const void *x, int64_t row, int64_t d, int64_t half, float *room) {
@@ -192,5 +174,43 @@ void ternarize(const float *w, void *codes, float *scale, int64_t half, int64_t 
     EACH(d, BODY);
 #undef BODY
     done(codes, row, d, half & WRITTEN, to);
+  }
+}
+
+/* alpha (1,). */
+void tanh_forward(const float *x, const float *alpha, const float *w, const float *b, float *y, int64_t n, int64_t d,
+                  int64_t threads) {
+  const vf a = splat(*alpha);
+#pragma omp parallel for num_threads(threads) schedule(static) if (n * d > SMALL)
+  for (int64_t row = 0; row < n; row++) {
+    const float *from = x + row * d;
+    float *to = y + row * d;
+#define BODY(GET, PUT) PUT(to + at, hyperbolic_tangent(a * GET(from + at)) * GET(w + at) + GET(b + at));
+    EACH(d, BODY);
+#undef BODY
+  }
+}
+
+/* parts: (ceil(n / BLOCK), 3, d), partial sums of dw, db and of the terms of da. */
+void tanh_backward(const float *x, const float *alpha, const float *w, const float *g, float *dx, float *parts,
+                   int64_t n, int64_t d, int64_t threads) {
+  const vf a = splat(*alpha);
+#pragma omp parallel for num_threads(threads) schedule(static) if (n * d > SMALL)
+  for (int64_t part = 0; part < (n + BLOCK - 1) / BLOCK; part++) {
+    float *dw = parts + 3 * part * d, *db = dw + d, *da = db + d;
+    memset(dw, 0, 3 * d * sizeof *dw);
+    for (int64_t row = part * BLOCK; row < least(n, (part + 1) * BLOCK); row++) {
+      const float *from = x + row * d, *grad = g + row * d;
+      float *to = dx + row * d;
+#define BODY(GET, PUT)                                                              \
+  const vf v = GET(from + at), up = GET(grad + at), t = hyperbolic_tangent(a * v);  \
+  const vf inner = up * GET(w + at) * (splat(1.0f) - t * t);                        \
+  PUT(to + at, inner * a);                                                          \
+  PUT(dw + at, GET(dw + at) + up * t);                                              \
+  PUT(db + at, GET(db + at) + up);                                                  \
+  PUT(da + at, GET(da + at) + inner * v);
+      EACH(d, BODY);
+#undef BODY
+    }
   }
 }

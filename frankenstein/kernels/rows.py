@@ -5,21 +5,15 @@ import ctypes
 import torch
 from torch import Tensor
 
-from frankenstein.kernels.native import available, constant, loaded, pointer, sizes
+from frankenstein.kernels.halves import half_bits, place, usable_in
+from frankenstein.kernels.native import constant, loaded, pointer, sizes
 
 NAME = "rows"
-FIRST, SECOND, WRITTEN = 1, 2, 4  # as in rows.c: which matrices are bfloat16
 
 
 def usable(*tensors: Tensor, half: bool = False) -> bool:
-    """Whether the kernels take these: float32 (with `half`, also bfloat16) on the CPU.
-
-    Not while torch.compile traces, which fuses on its own.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    kinds = (torch.float32, torch.bfloat16) if half else (torch.float32,)
-    return all(x.dtype in kinds and x.device.type == "cpu" for x in tensors) and available(NAME)
+    """As `usable_in`, for these kernels."""
+    return usable_in(NAME, *tensors, half=half)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -36,9 +30,30 @@ def norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> 
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     parts = -(-inverse.numel() // constant("block", NAME))
     dx, dw = torch.empty_like(x), weight.new_empty(parts, x.shape[-1])
-    places = (_place(x), pointer(weight), pointer(inverse), _place(grad), _place(dx), pointer(dw))
-    loaded(NAME).norm_backward(*places, _half((x, FIRST), (grad, SECOND), (dx, WRITTEN)), *_sizes(x))
+    places = (place(x), pointer(weight), pointer(inverse), place(grad), place(dx), pointer(dw))
+    loaded(NAME).norm_backward(*places, ctypes.c_int64(half_bits(x, grad, dx)), *_sizes(x))
     return dx, dw.sum(0)
+
+
+def dynamic_tanh(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """tanh(alpha x) * weight + bias; x (..., D), alpha (1,), weight and bias (D,)."""
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    y = torch.empty_like(x)
+    loaded(NAME).tanh_forward(*map(pointer, (x, alpha, weight, bias, y)), *_sizes(x))
+    return y
+
+
+def dynamic_tanh_gradients(
+    grad: Tensor, x: Tensor, alpha: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (..., D), alpha (1,), the weight and the bias (D,)."""
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    width = x.shape[-1]
+    parts = x.new_empty(-(-x.numel() // (width * constant("block", NAME))), 3, width)
+    dx = torch.empty_like(x)
+    loaded(NAME).tanh_backward(*map(pointer, (x, alpha, weight, grad, dx, parts)), *_sizes(x))
+    d_weight, d_bias, d_alpha = parts.sum(0).unbind()
+    return dx, d_alpha.sum().reshape(1), d_weight, d_bias
 
 
 def quantize(
@@ -51,8 +66,8 @@ def quantize(
     x, weight = x.contiguous(), None if weight is None else weight.contiguous()
     codes, scale = torch.empty_like(x, dtype=dtype), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     inverse = None if weight is None else torch.empty_like(scale)
-    places = (_place(x), pointer(weight), _place(codes), pointer(scale), pointer(inverse))
-    half = _half((x, FIRST), (codes, WRITTEN))
+    places = (place(x), pointer(weight), place(codes), pointer(scale), pointer(inverse))
+    half = ctypes.c_int64(half_bits(x, None, codes))
     loaded(NAME).quantize(*places, ctypes.c_double(eps), half, *_sizes(x))
     return codes, scale, inverse
 
@@ -61,8 +76,8 @@ def ternarize(weight: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tenso
     """Codes -1, 0, 1 of a weight (out, in), in float32 or bfloat16, and the scale of every row, (out,)."""
     weight = weight.contiguous()
     codes, scale = torch.empty_like(weight, dtype=dtype), weight.new_empty(len(weight))
-    places = (pointer(weight), _place(codes), pointer(scale))
-    loaded(NAME).ternarize(*places, _half((codes, WRITTEN)), *_sizes(weight))
+    places = (pointer(weight), place(codes), pointer(scale))
+    loaded(NAME).ternarize(*places, ctypes.c_int64(half_bits(None, None, codes)), *_sizes(weight))
     return codes, scale
 
 
@@ -80,19 +95,11 @@ def dequantize(codes: Tensor, row_scale: Tensor) -> Tensor:
 
 
 def _rescale(x: Tensor, row_scale: Tensor, column_scale: Tensor, y: Tensor) -> Tensor:
-    places = (_place(x), pointer(row_scale.contiguous()), pointer(column_scale.contiguous()), _place(y))
-    half = _half((x, FIRST), (y, WRITTEN))
+    row_scale, column_scale = row_scale.contiguous(), column_scale.contiguous()
+    places = (place(x), pointer(row_scale), pointer(column_scale), place(y))
+    half = ctypes.c_int64(half_bits(x, None, y))
     loaded(NAME).rescale(*places, half, *_sizes(x, column_scale.numel()))
     return y
-
-
-def _place(x: Tensor) -> ctypes.c_void_p:
-    return pointer(x, torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
-
-
-def _half(*matrices: tuple[Tensor, int]) -> ctypes.c_int64:
-    """The bits of those that are bfloat16."""
-    return ctypes.c_int64(sum(bit for x, bit in matrices if x.dtype == torch.bfloat16))
 
 
 def _sizes(x: Tensor, *more: int) -> list[ctypes.c_int64]:

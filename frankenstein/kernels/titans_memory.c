@@ -36,25 +36,31 @@ static inline lane lane_of(const sizes *s, const float *gates, int64_t item, int
                 own, own + one, own + 2 * one};
 }
 
-/* One token: the states M and S (K, V), the error and the output; n vectors in V. */
+/* One token: the states M and S (K, V) become those of `to`, M over S, which may be the same place; the error and the
+   output; n vectors in V. With d_out, `read` has the terms of M_t d_out. */
 static inline __attribute__((always_inline)) void step_forward(
-    const lane *x, int64_t at, const float *q, const float *k, const float *v, float *M, float *S, vf *error, vf *out,
-    const int64_t n) {
-  const float *key = k + at * x->keys, *query = q + at * x->keys, *value = v + at * x->values;
+    const lane *x, int64_t at, const float *q, const float *k, const float *v, const float *M, float *to, vf *error,
+    vf *out, const vf *d_out, vf *read, const int64_t n) {
+  const int64_t half = x->keys * x->values;
+  const float *key = k + at * x->keys, *query = q + at * x->keys, *value = v + at * x->values, *S = M + half;
   const vf a = splat(x->a[at]), eta = splat(x->eta[at]);
   vf write[n];
   for (int64_t j = 0; j < n; j++) error[j] = load(value + j * W);
   for (int64_t i = 0; i < x->keys; i++)
     for (int64_t j = 0; j < n; j++) error[j] -= key[i] * load(M + i * x->values + j * W);
   for (int64_t j = 0; j < n; j++) write[j] = x->w[at] * error[j], out[j] = (vf){};
-  for (int64_t i = 0; i < x->keys; i++)
+  for (int64_t i = 0; i < x->keys; i++) {
+    vf along = {};
     for (int64_t j = 0; j < n; j++) {
       const int64_t p = i * x->values + j * W;
       const vf momentum = eta * load(S + p) + key[i] * write[j], memory = a * load(M + p) + momentum;
-      store(S + p, momentum);
-      store(M + p, memory);
-      out[j] += query[i] * memory;
+      store(to + half + p, momentum);
+      store(to + p, memory);
+      if (d_out) along += memory * d_out[j];
+      else out[j] += query[i] * memory;
     }
+    if (d_out) read[i] = along;
+  }
 }
 
 static inline __attribute__((always_inline)) void head_forward(
@@ -63,14 +69,14 @@ static inline __attribute__((always_inline)) void head_forward(
   const int64_t half = s->keys * s->values, chunks = (s->length + CHUNK - 1) / CHUNK, items = s->rows * s->heads;
   for (int64_t direction = 0; direction < s->directions; direction++) {
     const lane x = lane_of(s, gates, item, direction);
-    float *M = state + item * 2 * half, *S = M + half;
+    float *M = state + item * 2 * half;
     if (direction) memset(M, 0, 2 * half * sizeof *M);
     for (int64_t step = 0; step < s->length; step++) {
       const int64_t at = token_of(&x, step);
       if (starts && step % CHUNK == 0)
         memcpy(starts + ((direction * chunks + step / CHUNK) * items + item) * 2 * half, M, 2 * half * sizeof *M);
       vf error[n], out[n];
-      step_forward(&x, at, q, k, v, M, S, error, out, n);
+      step_forward(&x, at, q, k, v, M, M, error, out, 0, 0, n);
       float own = 0, *to = o + at * s->values;
       if (!direction && s->directions == 2)
         for (int64_t i = 0; i < s->keys; i++) own -= q[at * s->keys + i] * k[at * s->keys + i];
@@ -102,35 +108,32 @@ typedef struct {
   float *d_q, *d_k, *d_v, *d_gates, *d_state;
 } tensors;
 
-/* One token of the backward pass: dM and dS become those of the states before it. `after` is M_t; M and S are the
-   states before the token. */
+/* One token of the backward pass: dM and dS become those of the states before it, M and S. */
 static inline __attribute__((always_inline)) void step_backward(
-    const lane *x, const tensors *t, int64_t at, const float *after, const float *M, const float *S, const vf *error,
-    float *dM, float *dS, float *d_gate, int64_t one, const int64_t n) {
+    const lane *x, const tensors *t, int64_t at, const float *M, const float *S, const vf *error, float *dM, float *dS,
+    float *d_gate, int64_t one, const int64_t n) {
   const float *key = t->k + at * x->keys, *query = t->q + at * x->keys, w = x->w[at];
   const vf a = splat(x->a[at]), eta = splat(x->eta[at]);
-  float *d_key = t->d_k + at * x->keys, *d_query = t->d_q + at * x->keys, *d_value = t->d_v + at * x->values;
-  vf d_out[n], d_error[n], d_keep = {}, d_eta = {};
-  float d_w = 0;
+  float *d_key = t->d_k + at * x->keys, *d_value = t->d_v + at * x->values;
+  vf d_out[n], d_error[n], terms[x->keys], d_keep = {}, d_eta = {};
+  float along[x->keys], d_w = 0;
   for (int64_t j = 0; j < n; j++) d_out[j] = load(t->d_o + at * x->values + j * W), d_error[j] = (vf){};
   for (int64_t i = 0; i < x->keys; i++) {
-    vf read = {}, written = {};
+    vf written = {};
     for (int64_t j = 0; j < n; j++) {
       const int64_t p = i * x->values + j * W;
       const vf d_memory = load(dM + p) + query[i] * d_out[j], d_momentum = load(dS + p) + d_memory;
       store(dM + p, d_memory);
       store(dS + p, eta * d_momentum);
-      read += load(after + p) * d_out[j];
       written += d_momentum * error[j];
       d_error[j] += key[i] * d_momentum;
       d_keep += d_memory * load(M + p);
       d_eta += d_momentum * load(S + p);
     }
-    const float along = across(written);
-    d_query[i] += across(read);
-    d_key[i] += w * along;
-    d_w += key[i] * along;
+    terms[i] = written;
   }
+  sums(terms, along, x->keys);
+  for (int64_t i = 0; i < x->keys; i++) d_key[i] += w * along[i], d_w += key[i] * along[i];
   for (int64_t j = 0; j < n; j++) {
     d_error[j] *= w;
     store(d_value + j * W, load(d_value + j * W) + d_error[j]);
@@ -142,8 +145,10 @@ static inline __attribute__((always_inline)) void step_backward(
       compared += load(M + p) * d_error[j];
       store(dM + p, a * load(dM + p) - key[i] * d_error[j]);
     }
-    d_key[i] -= across(compared);
+    terms[i] = compared;
   }
+  sums(terms, along, x->keys);
+  for (int64_t i = 0; i < x->keys; i++) d_key[i] -= along[i];
   d_gate[at] += d_w;
   d_gate[one + at] += across(d_keep);
   d_gate[2 * one + at] += across(d_eta);
@@ -176,17 +181,21 @@ static inline __attribute__((always_inline)) void head_backward(
     float *d_gate = t->d_gates + (direction && s->gates == 6 ? 3 * one : 0);
     for (int64_t c = chunks - 1; c >= 0; c--) {
       const int64_t first = c * CHUNK, count = least(CHUNK, s->length - first);
-      vf error[CHUNK][n], out[n];
+      vf error[CHUNK][n], out[n], d_out[n], read[s->keys];
+      float d_query[s->keys];
       memcpy(work, t->starts + ((direction * chunks + c) * items + item) * 2 * half, 2 * half * sizeof *work);
       for (int64_t i = 0; i < count; i++) {
-        float *M = work + i * 2 * half, *next = M + 2 * half;
-        memcpy(next, M, 2 * half * sizeof *M);
-        step_forward(&x, token_of(&x, first + i), t->q, t->k, t->v, next, next + half, error[i], out, n);
+        const int64_t at = token_of(&x, first + i);
+        const float *M = work + i * 2 * half;
+        for (int64_t j = 0; j < n; j++) d_out[j] = load(t->d_o + at * s->values + j * W);
+        step_forward(&x, at, t->q, t->k, t->v, M, work + (i + 1) * 2 * half, error[i], out, d_out, read, n);
+        sums(read, d_query, s->keys);
+        for (int64_t j = 0; j < s->keys; j++) t->d_q[at * s->keys + j] += d_query[j];
       }
       for (int64_t i = count - 1; i >= 0; i--) {
         const int64_t at = token_of(&x, first + i);
         const float *M = work + i * 2 * half;
-        step_backward(&x, t, at, M + 2 * half, M, M + half, error[i], dM, dS, d_gate, one, n);
+        step_backward(&x, t, at, M, M + half, error[i], dM, dS, d_gate, one, n);
         if (!direction && s->directions == 2) own_backward(&x, t, at);
       }
     }

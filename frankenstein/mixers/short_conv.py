@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frankenstein.kernels import short_conv
+
 
 class ShortConv(nn.Module):
     """Depthwise convolution over time: (B, T, D) to (B, T, D). Padded tokens give nothing and come out as 0.
@@ -37,8 +39,11 @@ class ShortConv(nn.Module):
         if padded is not None:
             x = x.masked_fill(padded, 0.0)
         before, after = self.size - 1, 0 if self.causal else self.size - 1
-        x = F.pad(x, (0, 0, before, after))
-        # An image of height 1 with channels last is how (B, T, D) lies in memory: no copy, and the fastest kernel.
-        y = F.conv2d(x.mT.unsqueeze(2), self.weight[:, None, None, :], self.bias, groups=x.shape[-1])
-        y = y.squeeze(2).mT
+        if short_conv.usable(x, self.weight):
+            y = short_conv.convolve(x, self.weight, self.bias, -before)
+        else:
+            x = F.pad(x, (0, 0, before, after))
+            # An image of height 1 with channels last is how (B, T, D) lies in memory: no copy.
+            y = F.conv2d(x.mT.unsqueeze(2), self.weight[:, None, None, :], self.bias, groups=x.shape[-1])
+            y = y.squeeze(2).mT
         return y if padded is None else y.masked_fill(padded, 0.0)

@@ -1,8 +1,11 @@
 """Norms, and the elementwise layers that replace them; each is built as `NORMS[name](width)`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from frankenstein.kernels import rows
 from frankenstein.kernels.rms_norm import RMSNorm, rms_norm
 from frankenstein.registry import Registry
 
@@ -20,7 +23,28 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         alpha: (1,).
         weight, bias: (D,).
     """
+    if rows.usable(x, alpha, weight, bias):
+        y: Tensor = _DynamicTanh.apply(x, alpha, weight, bias)
+        return y
     return torch.addcmul(bias, (alpha * x).tanh(), weight)
+
+
+class _DynamicTanh(torch.autograd.Function):
+    """`dyt` by the C kernels; a second derivative goes through torch's operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, alpha, weight)
+        return rows.dynamic_tanh(x, alpha, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, alpha, weight = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return rows.dynamic_tanh_gradients(grad, x, alpha, weight)
+        t = (alpha * x).tanh()
+        inner, others = grad * weight * (1 - t * t), tuple(range(x.ndim - 1))
+        return inner * alpha, (inner * x).sum().reshape(1), (grad * t).sum(others), grad.sum(others)
 
 
 def derf(x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

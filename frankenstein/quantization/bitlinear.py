@@ -131,15 +131,19 @@ class _TernaryLinear(torch.autograd.Function):
         grad_bias = flat.sum(0, dtype=ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[4]:
-                grad_x = grad @ (w_codes * w_scale[:, None]).to(grad.dtype)
+                grad_x = grad @ _values(w_codes, w_scale.expand(len(w_codes))[:, None]).to(grad.dtype)
             if ctx.needs_input_grad[1]:
-                dequantize = rows.dequantize if rows.usable(x_codes, half=True) else torch.mul
-                values = dequantize(x_codes, x_scale).to(grad.dtype)
+                values = _values(x_codes, x_scale).to(grad.dtype)
                 grad_weight = (flat.T @ values.flatten(0, -2)).to(ctx.dtypes[1])
             if normed and grad_x is not None:
                 x, norm_weight, inverse = normed
                 grad_x, grad_norm = norm_gradients(grad_x, x, norm_weight, inverse, ctx.eps, ctx.needs_input_grad[4])
         return None if grad_x is None else grad_x.to(ctx.dtypes[0]), grad_weight, grad_bias, None, grad_norm, None
+
+
+def _values(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes (..., D) times the scale of their row, (..., 1)."""
+    return rows.dequantize(codes, scale) if rows.usable(codes, half=True) and rows.usable(scale) else codes * scale
 
 
 def ternary_linear(

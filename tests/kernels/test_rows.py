@@ -6,6 +6,7 @@ from torch import Tensor
 
 from frankenstein.kernels import native, rows
 from frankenstein.kernels.rms_norm import rms_norm
+from frankenstein.model.norms import dyt
 from frankenstein.quantization.bitlinear import BitLinear, activation_codes, normed_codes, rescale, ternary_codes
 
 pytestmark = pytest.mark.skipif(not native.available(rows.NAME), reason="needs a C compiler")
@@ -147,3 +148,31 @@ def test_a_ternary_layer_under_autocast_computes_in_bfloat16(monkeypatch: pytest
             for got, wanted in zip(found, expected, strict=True):
                 difference = (got.float() - wanted).abs().max() / wanted.abs().max()
                 assert difference < 0.02, difference
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dynamic_tanh_and_its_gradients_equal_float64(shape: tuple[int, ...]) -> None:
+    inputs = 4 * draw(*shape), torch.tensor([0.7]), draw(shape[-1], seed=1), draw(shape[-1], seed=2)
+    grad, found = draw(*shape, seed=3), []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        y = dyt(*leaves)
+        found.append([y, *torch.autograd.grad(y, leaves, grad.to(dtype))])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=3e-5)
+
+
+def test_dynamic_tanh_is_exact_near_zero_saturates_and_keeps_nan() -> None:
+    x = torch.tensor([[1e-20, -1e-8, 0.2999, 0.3001, 9.0, 200.0, float("inf"), -float("inf"), float("nan")]])
+    y = dyt(x, torch.ones(1), torch.ones(9), torch.zeros(9))
+    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=1e-6, atol=0.0, equal_nan=True)
+
+
+def test_dynamic_tanh_has_a_second_derivative() -> None:
+    leaves = [t.requires_grad_() for t in (draw(3, 5), torch.tensor([0.7]), draw(5, seed=1), draw(5, seed=2))]
+    (slope,) = torch.autograd.grad(dyt(*leaves).sum(), leaves[0], create_graph=True)
+    found = torch.autograd.grad(slope.square().sum(), leaves[:3])
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    (slope,) = torch.autograd.grad(dyt(*exact).sum(), exact[0], create_graph=True)
+    for got, expected in zip(found, torch.autograd.grad(slope.square().sum(), exact[:3]), strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
