@@ -15,6 +15,7 @@ Shapes: n real tokens, N experts, K choices.
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -72,6 +73,21 @@ def balance_loss(probabilities: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor,
     return num_experts * (importance * load).sum(), importance, load
 
 
+def _slots(groups: list[Tensor], filled: list[Tensor], count: int) -> tuple[Tensor, Tensor | None]:
+    """Where the result of each of `count` assignments stands among those of all experts.
+
+    Returns:  (count,) integers, and (count,) with 1, or 0 for dropped ones, which point anywhere; None: none is dropped.
+    """
+    starts = [0, *accumulate(len(group) for group in filled)]
+    device = groups[0].device
+    places = [torch.arange(start, start + len(g), device=device) for start, g in zip(starts, groups, strict=False)]
+    assignments = torch.cat(groups)
+    slots = torch.zeros(count, dtype=torch.long, device=device).index_copy(0, assignments, torch.cat(places))
+    if len(assignments) == count:
+        return slots, None
+    return slots, torch.zeros(count, device=device).index_fill(0, assignments, 1.0)
+
+
 def _fill(x: Tensor, count: int) -> int:
     """Rows, whose results are dropped, to add to an expert's so that their number is a multiple of 64.
 
@@ -108,19 +124,17 @@ class MixtureOfExperts(nn.Module):
         groups, dropped = self._groups(chosen)
         loss, importance, load = balance_loss(probabilities, chosen)
         self.routing = Routing(importance.detach(), load, dropped, self.balance_weight * loss)
-        gates_by_choice = gates.T.flatten()
-        y = torch.zeros_like(rows, dtype=gates.dtype)
-        for expert, assignments in zip(self.experts, groups, strict=True):
-            if len(assignments) == 0 and not self.training:
-                continue  # in training even an idle expert gets a gradient, of zeros
-            token = assignments % max(1, len(tokens))
-            place = token if real is None else real.index_select(0, token)
-            gate = gates_by_choice.index_select(0, assignments)[:, None]
-            filled = F.pad(place, (0, _fill(rows, len(place))))
-            found = expert(rows.index_select(0, filled))[: len(place)].to(y.dtype)
-            # An expert sees a token once at most, so that nothing depends on the order of the sum.
-            y.index_add_(0, place, found * gate)
-        return y.to(x.dtype).view_as(x)
+        filled = [F.pad(group, (0, _fill(rows, len(group)))) for group in groups]
+        places = torch.cat(filled) % max(1, len(tokens))
+        inputs = tokens.index_select(0, places).split([len(group) for group in filled])
+        outputs = torch.cat([expert(part) for expert, part in zip(self.experts, inputs, strict=True)])
+        slots, kept = _slots(groups, filled, chosen.numel())
+        weights = gates.T.flatten() if kept is None else gates.T.flatten() * kept
+        found = outputs.index_select(0, slots) * weights[:, None]
+        y = found.view(self.top_k, *tokens.shape).sum(0).to(x.dtype)
+        if real is not None:
+            y = torch.zeros_like(rows).index_copy(0, real, y)
+        return y.view_as(x)
 
     def _logits(self, tokens: Tensor) -> Tensor:
         """(n, N) in float32 at least."""
