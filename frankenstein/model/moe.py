@@ -76,7 +76,8 @@ def balance_loss(probabilities: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor,
 def _slots(groups: list[Tensor], filled: list[Tensor], count: int) -> tuple[Tensor, Tensor | None]:
     """Where the result of each of `count` assignments stands among those of all experts.
 
-    Returns:  (count,) integers, and (count,) with 1, or 0 for dropped ones, which point anywhere; None: none is dropped.
+    Returns:  (count,) integers, and (count,) with 1, or 0 for dropped ones, which point anywhere; None where none is
+    dropped.
     """
     starts = [0, *accumulate(len(group) for group in filled)]
     device = groups[0].device
