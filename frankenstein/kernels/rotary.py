@@ -18,8 +18,8 @@ def usable(x: Tensor) -> bool:
 
 
 def rotate(x: Tensor, table: Tensor, *, split: bool) -> Tensor:
-    """x (B, T, H, K), float32 or bfloat16, turned by table (T, K / 2), complex64: to the same shape and type."""
-    y: Tensor = _Rotation.apply(x, torch.view_as_real(table), split)
+    """x (B, T, H, K), float32 or bfloat16, turned by table (T, K / 2, 2), float32: to the same shape and type."""
+    y: Tensor = _Rotation.apply(x, table, split)
     return y
 
 

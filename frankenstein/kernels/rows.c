@@ -38,24 +38,33 @@ static inline void done(void *y, int64_t row, int64_t d, int64_t half, const flo
 static inline vf load_part(const float *p, int64_t n) { vf v = {}; memcpy(&v, p, n * sizeof *p); return v; }
 static inline void store_part(float *p, vf v, int64_t n) { memcpy(p, &v, n * sizeof *p); }
 
-/* Runs BODY for every vector of a row: `at` is its place; GET and PUT move whole vectors, or the part at the end. */
-#define EACH(d, BODY)                                             \
-  do {                                                            \
-    int64_t at = 0;                                               \
-    {                                                             \
-      _Pragma("GCC unroll 4") for (; at + W <= (d); at += W) { BODY(load, store) } \
-    }                                                             \
-    if (at < (d)) {                                               \
-      const int64_t rest = (d) - at;                              \
-      BODY(LOAD_REST, STORE_REST)                                 \
-    }                                                             \
+/* Runs BODY for every vector of a row: `at` is its place, `odd` the lowest bit of its number, which the compiler knows;
+   GET and PUT move whole vectors, or the part at the end. */
+#define EACH(d, BODY)                                  \
+  do {                                                 \
+    int64_t at = 0;                                    \
+    _Pragma("GCC unroll 2") while (at + 2 * W <= (d)) { \
+      { enum { odd = 0 }; BODY(load, store) }          \
+      at += W;                                         \
+      { enum { odd = 1 }; BODY(load, store) }          \
+      at += W;                                         \
+    }                                                  \
+    if (at + W <= (d)) {                               \
+      { enum { odd = 0 }; BODY(load, store) }          \
+      at += W;                                         \
+    }                                                  \
+    if (at < (d)) {                                    \
+      const int64_t rest = (d) - at, odd = at / W % 2; \
+      (void)odd;                                       \
+      BODY(LOAD_REST, STORE_REST)                      \
+    }                                                  \
   } while (0)
 #define LOAD_REST(p) load_part(p, rest)
 #define STORE_REST(p, v) store_part(p, v, rest)
 
 static inline float inverse_rms(const float *x, int64_t d, float eps) {
   vf sum[2] = {};
-#define BODY(GET, PUT) const vf v = GET(x + at); sum[at / W % 2] += v * v;
+#define BODY(GET, PUT) const vf v = GET(x + at); sum[odd] += v * v;
   EACH(d, BODY);
 #undef BODY
   return 1.0f / sqrtf(across(sum[0] + sum[1]) / (float)d + eps);
@@ -63,11 +72,16 @@ static inline float inverse_rms(const float *x, int64_t d, float eps) {
 
 static inline vf absolute(vf v) { return (vf)((vi)v & 0x7fffffff); }
 
+/* The larger sizes, NaN above all: the bits of numbers without a sign are in their order. */
+static inline vf larger(vf a, vf b) { return choose((vi)a > (vi)b, a, b); }
+
 static inline float largest_lane(vf v) {
-  float s[W], most = 0;
+  int32_t s[W], most = 0;
   memcpy(s, &v, sizeof v);
-  for (int i = 0; i < W; i++) most = s[i] > most || s[i] != s[i] ? s[i] : most; /* NaN stays */
-  return most;
+  for (int i = 0; i < W; i++) most = s[i] > most ? s[i] : most;
+  float largest;
+  memcpy(&largest, &most, sizeof largest);
+  return largest;
 }
 
 /* Below 2^22 in size, the sum has no fraction bits left: rounding to nearest, half to even, is the addition's own. */
@@ -100,7 +114,7 @@ void norm_backward(const void *x, const float *w, const float *inverse, const vo
       vf along[2] = {};
 #define BODY(GET, PUT)                                      \
   const vf product = GET(from + at) * GET(grad + at);       \
-  along[at / W % 2] += product * GET(w + at);               \
+  along[odd] += product * GET(w + at);               \
   PUT(sum + at, GET(sum + at) + product * r);
       EACH(d, BODY);
 #undef BODY
@@ -123,8 +137,8 @@ void quantize(const void *x, const float *w, void *codes, float *scale, float *i
     if (w) r = inverse[row] = inverse_rms(from, d, (float)eps);
     vf most = {};
 #define BODY(GET, PUT)                                                       \
-  const vf y = w ? GET(from + at) * r * GET(w + at) : GET(from + at), size = absolute(y); \
-  most = choose((size > most) | (size != size), size, most);                 \
+  const vf y = w ? GET(from + at) * r * GET(w + at) : GET(from + at);         \
+  most = larger(absolute(y), most);                                          \
   PUT(to + at, y);
     EACH(d, BODY);
 #undef BODY
@@ -164,7 +178,7 @@ void ternarize(const float *w, void *codes, float *scale, int64_t half, int64_t 
     const float *from = w + row * d;
     float third[d], *to = row_out(codes, row, d, half & WRITTEN, third);
     vf sum[2] = {};
-#define BODY(GET, PUT) sum[at / W % 2] += absolute(GET(from + at));
+#define BODY(GET, PUT) sum[odd] += absolute(GET(from + at));
     EACH(d, BODY);
 #undef BODY
     const float mean = across(sum[0] + sum[1]) / (float)d, s = scale[row] = mean < FLOOR ? FLOOR : mean;

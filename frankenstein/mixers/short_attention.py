@@ -17,15 +17,15 @@ from torch import Tensor
 from frankenstein.runtime import product_dtype
 
 LONGEST = 256  # queries and keys; beyond, P takes more memory than it saves time
+_TILES = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 _SCORES = 1 << 18  # entries of S at once: 1 MB
 
 
 def pays(q: Tensor, k: Tensor) -> bool:
     """Whether this form is the faster one for q (B, H, I, K) and k (B, H, J, K), gradients wanted."""
-    if not q.is_cpu or torch.compiler.is_compiling() or max(q.shape[2], k.shape[2]) > LONGEST:
+    if not (q.is_cpu and _TILES) or max(q.shape[2], k.shape[2]) > LONGEST:
         return False
-    wanted = torch.is_grad_enabled() and product_dtype(q) == torch.bfloat16
-    return wanted and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return torch.is_grad_enabled() and product_dtype(q) == torch.bfloat16
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, scale: float | None = None) -> Tensor:
@@ -57,12 +57,15 @@ class _Attention(torch.autograd.Function):
         q, k, v = (x.contiguous() for x in (q, k, v))  # the batched product copies strided ones slowly
         allowed = None if allowed is None else allowed.expand(*q.shape[:3], k.shape[2]).flatten(0, 1)
         queries, keys = q.flatten(0, 1).float() * scale, k.flatten(0, 1).float().mT
-        weights = q.new_empty(*q.shape[:3], k.shape[2])
-        step = max(1, _SCORES // (q.shape[2] * k.shape[2]))
-        for start in range(0, len(queries), step):
-            some = slice(start, start + step)
-            seen = None if allowed is None else allowed[some]
-            weights.flatten(0, 1)[some] = _softmax(queries[some] @ keys[some], seen)
+        if torch.compiler.is_compiling():  # the compiler would write out every slice
+            weights = _softmax(queries @ keys, allowed).to(q.dtype).view(*q.shape[:3], k.shape[2])
+        else:
+            weights = q.new_empty(*q.shape[:3], k.shape[2])
+            step = max(1, _SCORES // (q.shape[2] * k.shape[2]))
+            for start in range(0, len(queries), step):
+                some = slice(start, start + step)
+                seen = None if allowed is None else allowed[some]
+                weights.flatten(0, 1)[some] = _softmax(queries[some] @ keys[some], seen)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale
         return weights @ v

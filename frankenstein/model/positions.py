@@ -45,13 +45,17 @@ class Rotary:
             return rotary.rotate(x, self._table(length, width, x.new_empty(0, dtype=torch.float32)), split=half)
         real = x if x.dtype == torch.float64 else x.float()
         turn = self._table(length, width, real)[:, None]
-        pairs = real.unflatten(-1, (2, -1)).mT.contiguous() if half else real.unflatten(-1, (-1, 2))
-        # One complex product is five times as fast on CPU as the four real ones.
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * turn)
+        pairs = real.unflatten(-1, (2, -1)).mT if half else real.unflatten(-1, (-1, 2))
+        if torch.compiler.is_compiling():  # which generates no code for complex numbers
+            (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+            turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
+        else:  # one complex product is five times as fast on CPU as the four real ones
+            product = torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(turn)
+            turned = torch.view_as_real(product)
         return (turned.mT if half else turned).flatten(-2).to(x.dtype)
 
     def _table(self, length: int, width: int, like: Tensor) -> Tensor:
-        """(T, K/2) complex: exp(i m t)."""
+        """(T, K/2, 2): cosines and sines of m t."""
         key = (width, like.device, like.dtype)
         table = self._tables.get(key)
         if table is None or table.shape[0] < length:
@@ -63,8 +67,8 @@ class Rotary:
 
 
 def rotary_table(length: int, width: int, base: float, dtype: torch.dtype) -> Tensor:
-    """(T, K/2) complex numbers exp(i m t), computed in float64 and rounded once to the precision of `dtype`."""
+    """(T, K/2, 2): cosines and sines of m t, computed in float64 and rounded once to the precision of `dtype`."""
     frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-    turn = torch.polar(torch.ones_like(angles), angles)
-    return turn if dtype == torch.float64 else turn.to(torch.complex64)
+    turn = torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
+    return turn if dtype == torch.float64 else turn.float()

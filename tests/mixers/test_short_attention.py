@@ -62,7 +62,7 @@ def test_softmax_attention_may_take_it_under_autocast(
     causal: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where this machine would not: the arithmetic is the same everywhere."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(short_attention, "_TILES", True)
     taken = []
     attend = short_attention.attend
     monkeypatch.setattr(standard_attn.short_attention, "attend", lambda *a: taken.append(1) or attend(*a))
@@ -75,6 +75,24 @@ def test_softmax_attention_may_take_it_under_autocast(
     expected = run(exact, softmax_dense(*exact, key_padding_mask=mask, causal=causal))
     for got, wanted in zip(run(inputs, o), expected, strict=True):
         assert (got.double() - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore")  # of TorchDynamo itself
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_compiler_takes_it_whole(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(short_attention, "_TILES", True)
+    mask = torch.arange(12)[None] < torch.tensor([[12], [7]]) if masked else None
+    inputs = draw(12, 12, torch.float32)
+
+    def attention(*x: Tensor) -> Tensor:
+        return softmax_attention(*x, key_padding_mask=mask)
+
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = run(inputs, compiled(*inputs)), run(inputs, attention(*inputs))
+    assert got[0].dtype == torch.bfloat16
+    for found, wanted in zip(got, expected, strict=True):
+        assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
 def test_it_is_taken_for_short_rows_in_training_on_such_a_cpu_only() -> None:

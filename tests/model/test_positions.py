@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -39,6 +40,25 @@ def test_tables_keep_float32_precision_under_bfloat16() -> None:
     exact = rotary_table(300, 16, 10000.0, torch.float64)
     rounded = rotary_table(300, 16, 10000.0, torch.float32)
     assert (rounded - exact).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiler_sees_no_complex_numbers_and_the_values_stay(pairing: str, dtype: torch.dtype) -> None:
+    rotary, x = Rotary(pairing=pairing), torch.randn(2, 9, 3, 8).to(dtype).requires_grad_()
+    plain = rotary(x)  # makes the table
+    traced = []
+
+    def backend(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        traced.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    compiled = torch.compile(rotary.__call__, backend=backend, fullgraph=True)(x)
+    assert traced and not any("complex" in name for name in traced)
+    upstream = torch.linspace(-1, 1, x.numel()).view(x.shape).to(dtype)
+    found, wanted = (torch.autograd.grad(y, x, upstream)[0] for y in (compiled, plain))
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_longer_rows_extend_the_table_and_inference_does_not_poison_training() -> None:
