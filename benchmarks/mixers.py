@@ -25,6 +25,7 @@ from benchmarks.machine import describe, paired, saved_bytes
 from frankenstein.mixers.base import MIXERS, Mixer, MixerContext
 from frankenstein.mixers.fasa import FasaAttention
 from frankenstein.model.positions import Rotary
+from frankenstein.runtime import prepare_torch
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 LINEAR = (
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"], help="bfloat16 autocasts")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    prepare_torch(args.threads)
     device, args.tokens = torch.device(args.device), args.tokens or max(args.lengths)
     names = args.mixers or [name for name in MIXERS if name != "retnet_attn"]
     rows = []

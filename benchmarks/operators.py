@@ -30,6 +30,7 @@ from frankenstein.mixers.nsa import nsa_bidirectional
 from frankenstein.mixers.sparge import sparge_attention, sparge_block_map
 from frankenstein.mixers.sparse_transformer import sparse_transformer_attention, sparse_transformer_mask
 from frankenstein.mixers.sparsek import Selection, sparsek_attention
+from frankenstein.runtime import prepare_torch
 
 Make = Callable[[int, int, int, int], tuple[Tensor, ...]]  # (B, T, H, K) -> the operator's tensors
 STATES = 16  # N of the selective scan
@@ -277,7 +278,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="also transformers' gated delta rule")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    prepare_torch(args.threads)
     shape = (args.heads, args.width)
     record = {
         "machine": describe(),

@@ -23,7 +23,7 @@
 
 int64_t panel(void) { return PANEL; }
 /* Numbers that a thread needs for itself: scores, weights, places, and candidates with their scores. */
-int64_t work_size(int64_t stride, int64_t m) { return ROWS * stride + (m + W) + (TASK * m + 8) + 2 * stride; }
+int64_t work_size(int64_t stride, int64_t m) { return ROWS * stride + (m + W) + (TASK * m + 16) + 2 * stride; }
 
 /* scores (ROWS, stride) of the first n columns, n a multiple of PANEL. */
 static void score(const float *const *a, const float *b, float *scores, int64_t channels, int64_t stride, int64_t n) {
@@ -50,8 +50,12 @@ static int64_t reaching(const float *s, int64_t n, float t) {
   return count;
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX__)
 typedef float eight_floats __attribute__((vector_size(32)));
+#endif
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__AVX2__)
 typedef int32_t eight_ints __attribute__((vector_size(32)));
 static int32_t front[256][8]; /* of eight lanes, those that are set, first */
 
@@ -63,10 +67,22 @@ __attribute__((constructor)) static void fill_front(void) {
 #endif
 
 /* Places of all scores s (n, a multiple of PANEL) that are not below t, in their order, and the scores. Place j is
-   called names[j], or j where there are no names. Returns how many; writes up to 7 more, never more than n. */
+   called names[j], or j where there are no names. Returns how many; writes up to 15 more, never more than n. */
 static int64_t not_below(const float *s, const int32_t *names, int64_t n, float t, int32_t *places, float *values) {
   int64_t found = 0;
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m512 bound = _mm512_set1_ps(t);
+  __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t j = 0; j < n; j += 16) {
+    const __m512 x = _mm512_loadu_ps(s + j);
+    const __mmask16 set = _mm512_cmp_ps_mask(x, bound, _CMP_NLT_UQ);
+    if (names) at = _mm512_loadu_si512(names + j);
+    _mm512_storeu_si512(places + found, _mm512_maskz_compress_epi32(set, at));
+    if (values) _mm512_storeu_ps(values + found, _mm512_maskz_compress_ps(set, x));
+    if (!names) at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
+    found += __builtin_popcount(set);
+  }
+#elif defined(__AVX2__)
   const eight_floats bound = t - (eight_floats){};
   eight_ints at = {0, 1, 2, 3, 4, 5, 6, 7};
   for (int64_t j = 0; j < n; j += 8, at += 8) {
@@ -113,7 +129,14 @@ static void estimate(const float *s, int64_t seen, float *mean, float *deviation
    and interpolating. */
 static void largest_of(const float *s, const int32_t *names, int64_t seen, int64_t n, int64_t m, int32_t *places) {
   float low = s[0], high = s[0];
-  for (int64_t j = 0; j < seen; j++) low = s[j] < low ? s[j] : low, high = s[j] > high ? s[j] : high;
+  int64_t whole = 0;
+  vf lows = splat(low), highs = splat(high);
+  for (; whole + W <= seen; whole += W) {
+    const vf x = load(s + whole);
+    lows = choose(x < lows, x, lows), highs = choose(x > highs, x, highs);
+  }
+  for (int i = 0; i < W; i++) low = lows[i] < low ? lows[i] : low, high = highs[i] > high ? highs[i] : high;
+  for (int64_t j = whole; j < seen; j++) low = s[j] < low ? s[j] : low, high = s[j] > high ? s[j] : high;
   high = nextafterf(high, INFINITY);
   int64_t above_low = seen, above_high = reaching(s, n, high); /* above_low >= m; above_high < m, unless NaN is there */
   for (int64_t step = 1; above_low != m; step++) {
@@ -156,29 +179,64 @@ static void select_largest(const float *s, int64_t seen, int64_t n, int64_t m, f
 
 /* Sums of the lanes of four vectors. */
 static inline void across_four(const vf *s, float *sums) {
-#if defined(__AVX__) && !defined(__AVX512F__)
-  const vf pairs = __builtin_ia32_haddps256(__builtin_ia32_haddps256(s[0], s[1]), __builtin_ia32_haddps256(s[2], s[3]));
+#if defined(__AVX__)
+  eight_floats half[4];
+  for (int r = 0; r < 4; r++) {
+    memcpy(half + r, s + r, sizeof half[r]);
+#if W == 16
+    eight_floats other;
+    memcpy(&other, (const char *)(s + r) + sizeof other, sizeof other);
+    half[r] += other;
+#endif
+  }
+  const eight_floats pairs =
+      __builtin_ia32_haddps256(__builtin_ia32_haddps256(half[0], half[1]), __builtin_ia32_haddps256(half[2], half[3]));
   for (int r = 0; r < 4; r++) sums[r] = pairs[r] + pairs[r + 4];
 #else
   for (int r = 0; r < 4; r++) sums[r] = across(s[r]);
 #endif
 }
 
+/* weights[i] = q . k of m keys, `wide` vectors each. */
+static inline __attribute__((always_inline)) void dot_keys(const float *q, const float *k, const int32_t *places, int64_t m,
+                                                           float *weights, const int64_t wide) {
+  for (int64_t i = 0; i < m; i += 4) {
+    const float *at[4];
+    for (int r = 0; r < 4; r++) {
+      at[r] = k + places[least(i + r, m - 1)] * wide * W;
+      __builtin_prefetch(k + places[least(i + r + AHEAD, m - 1)] * wide * W);
+    }
+    vf first = {}, second = {}, third = {}, fourth = {}; /* an array would stay in memory */
+    for (int64_t d = 0; d < wide; d++) {
+      const vf x = load(q + d * W);
+      first += x * load(at[0] + d * W), second += x * load(at[1] + d * W);
+      third += x * load(at[2] + d * W), fourth += x * load(at[3] + d * W);
+    }
+    const vf sum[4] = {first, second, third, fourth};
+    across_four(sum, weights + i);
+  }
+}
+
+/* o, `wide` vectors, becomes o shrink + the weighted sum of the values of m keys. */
+static inline __attribute__((always_inline)) void add_values(const float *v, const int32_t *places, const float *weights,
+                                                             int64_t m, int64_t stride, float shrink, float *o,
+                                                             const int64_t wide) {
+  vf sum[SUMS] = {};
+  for (int64_t i = 0; i < m; i++) {
+    const float *row = v + places[i] * stride;
+    for (int64_t r = 0; r < wide; r++) sum[r] += weights[i] * load(row + r * W);
+  }
+  for (int64_t r = 0; r < wide; r++) store(o + r * W, load(o + r * W) * shrink + sum[r]);
+}
+
 /* Adds m more keys to the output o (V,) of one query: o and *total are sums under the weights 2^(logit - *most).
    `weights` has room for W more than m. */
 static void attend(const float *q, const float *k, const float *v, const int32_t *places, int64_t m, int64_t key_width,
                    int64_t value_width, float *weights, float *most, float *total, float *o) {
-  for (int64_t i = 0; i < m; i += 4) {
-    const float *at[4];
-    vf sum[4] = {};
-    for (int r = 0; r < 4; r++) {
-      at[r] = k + (int64_t)places[least(i + r, m - 1)] * key_width;
-      __builtin_prefetch(k + (int64_t)places[least(i + r + AHEAD, m - 1)] * key_width);
-    }
-    for (int64_t d = 0; d < key_width; d += W)
-      for (int r = 0; r < 4; r++) sum[r] += load(q + d) * load(at[r] + d);
-    across_four(sum, weights + i);
-  }
+  if (key_width == 4 * W)
+    dot_keys(q, k, places, m, weights, 4);
+  else
+    dot_keys(q, k, places, m, weights, key_width / W);
   for (int64_t i = m; i < m + W; i++) weights[i] = -INFINITY;
   vf highs = splat(*most);
   for (int64_t i = 0; i < m; i += W) highs = choose(load(weights + i) > highs, load(weights + i), highs);
@@ -194,20 +252,13 @@ static void attend(const float *q, const float *k, const float *v, const int32_t
   const float shrink = high > *most ? exp2f(*most - high) : 1;
   *most = high, *total = *total * shrink + across(added);
   for (int64_t d = 0; d < value_width; d += SUMS * W) {
-    vf sum[SUMS] = {};
     const int64_t wide = least(SUMS, (value_width - d) / W);
-    if (wide == SUMS) {
-      for (int64_t i = 0; i < m; i++) {
-        const float *row = v + places[i] * value_width + d;
-        for (int r = 0; r < SUMS; r++) sum[r] += weights[i] * load(row + r * W);
-      }
-    } else {
-      for (int64_t i = 0; i < m; i++) {
-        const float *row = v + places[i] * value_width + d;
-        for (int64_t r = 0; r < wide; r++) sum[r] += weights[i] * load(row + r * W);
-      }
-    }
-    for (int64_t r = 0; r < wide; r++) store(o + d + r * W, load(o + d + r * W) * shrink + sum[r]);
+    if (wide == SUMS)
+      add_values(v + d, places, weights, m, value_width, shrink, o + d, SUMS);
+    else if (wide == SUMS / 2)
+      add_values(v + d, places, weights, m, value_width, shrink, o + d, SUMS / 2);
+    else
+      add_values(v + d, places, weights, m, value_width, shrink, o + d, wide);
   }
 }
 
@@ -247,7 +298,7 @@ void selected_attention(const float *a, const float *b, const float *q, const fl
 #pragma omp parallel num_threads(threads)
   {
     float *scores = work + omp_get_thread_num() * work_size(stride, m), *weights = scores + ROWS * stride;
-    int32_t *places = (int32_t *)(weights + m + W), *some = places + TASK * m + 8;
+    int32_t *places = (int32_t *)(weights + m + W), *some = places + TASK * m + 16;
     float *some_scores = (float *)(some + stride);
     int64_t kept[TASK];
 #pragma omp for schedule(dynamic)
