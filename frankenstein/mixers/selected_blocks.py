@@ -18,8 +18,8 @@ from torch import Tensor
 from frankenstein.mixers.base import at_once
 from frankenstein.mixers.delta_chunks import in_full_precision
 
-ROWS = 64  # queries of a tile, all with the same block
-LOGITS = 1 << 17  # logits that are computed at once
+ROWS = 128  # queries of a tile, all with the same block
+LOGITS = 1 << 18  # logits that are computed at once
 PARTIAL = 1 << 20  # numbers in the partial outputs of the heads that are computed at once
 
 
