@@ -30,7 +30,6 @@ from torch.optim import Optimizer
 from benchmarks.machine import describe, seconds
 from frankenstein.optimizers import OPTIMIZERS
 from frankenstein.optimizers.matrix_method import iteration_dtype
-from frankenstein.runtime import prepare_torch
 
 Step = Callable[[], object]
 
@@ -187,7 +186,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="also published implementations that are installed")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     args = parser.parse_args()
-    prepare_torch(args.threads)
+    torch.set_num_threads(args.threads)
     members = parameters(args.layers, torch.device(args.device))
     beside = torch.optim.AdamW(flatten(members), lr=1e-6, foreach=True)
     rows: list[dict[str, Any]] = []

@@ -25,7 +25,8 @@ from frankenstein.optimizers.base import Method
 # Elements of one kernel call: fewer cost calls, more leave the cache (both measured). Cuts are at multiples of the
 # vector length, so that an element gets the same instruction, hence the same bits, as in an uncut tensor.
 CALL = 262144
-KEPT = 4  # calls whose proposals fit into the outer cache
+KEPT = 10  # calls whose proposals fit into the outer cache
+SHARED = 32  # calls of a tensor, such as an embedding table, above which threads share it
 GRAIN = 32768  # the most elements for which an operation of torch starts no threads
 
 Group = Mapping[str, Any]
@@ -126,24 +127,48 @@ class Scaled(Elementwise):
 
     def work(self, group: Group, step: int, clusters: list[Cluster]) -> None:
         largest_first = sorted(clusters, key=lambda cluster: -sum(cluster.sizes))
-        share_out(partial(self._move_scaled, group, step), largest_first)
+        shared = [cluster for cluster in largest_first if len(cluster.calls) > SHARED]
+        alone = largest_first[len(shared) :]
+        calls = [lists for cluster in shared for lists in cluster.calls]
 
-    def _move_scaled(self, group: Group, step: int, cluster: Cluster) -> None:
-        sums = []
+        def first(item: Lists | Cluster) -> tuple[Tensors, ...]:
+            if isinstance(item, Lists):
+                return self._prepare(group, step, item, keep=False)
+            self._move_cluster(group, step, item)
+            return ()
+
+        items: list[Lists | Cluster] = [*calls, *alone]
+        sums = iter(share_out(first, items))
+        factors = [self._factors(group, cluster, [next(sums) for _ in cluster.calls]) for cluster in shared]
+        of_calls = [own for cluster, own in zip(shared, factors, strict=True) for _ in cluster.calls]
+        share_out(lambda item: self._finish(group, step, *item), list(zip(calls, of_calls, strict=True)))
+
+    def _move_cluster(self, group: Group, step: int, cluster: Cluster) -> None:
+        keep = len(cluster.calls) <= KEPT
+        sums = [self._prepare(group, step, lists, keep=keep) for lists in cluster.calls]
+        factors = self._factors(group, cluster, sums)
         for lists in cluster.calls:
-            self.absorb(group, step, lists)
-            lists.proposal = self.propose(group, step, lists)
-            sums.append(self.sums(lists))
-            if len(cluster.calls) > KEPT:
-                lists.proposal = ()
-        factors = self.factors(group, cluster.sizes, *(_totals(cluster, parts) for parts in zip(*sums, strict=True)))
-        for lists in cluster.calls:
-            if len(cluster.calls) > KEPT:
-                lists.proposal = self.propose(group, step, lists)
-            own_factors = factors if len(factors) > 1 else [factors[0]] * len(lists.params)
-            torch._foreach_mul_(lists.proposal, own_factors)
-            self.move(group, step, lists)
+            self._finish(group, step, lists, factors)
+
+    def _prepare(self, group: Group, step: int, lists: Lists, *, keep: bool) -> tuple[Tensors, ...]:
+        """The sums over one call; its proposal stays where it is to be kept."""
+        self.absorb(group, step, lists)
+        lists.proposal = self.propose(group, step, lists)
+        sums = self.sums(lists)
+        if not keep:
             lists.proposal = ()
+        return sums
+
+    def _factors(self, group: Group, cluster: Cluster, sums: list[tuple[Tensors, ...]]) -> Tensors:
+        return self.factors(group, cluster.sizes, *(_totals(cluster, parts) for parts in zip(*sums, strict=True)))
+
+    def _finish(self, group: Group, step: int, lists: Lists, factors: Tensors) -> None:
+        if not lists.proposal:
+            lists.proposal = self.propose(group, step, lists)
+        own_factors = factors if len(factors) > 1 else [factors[0]] * len(lists.params)
+        torch._foreach_mul_(lists.proposal, own_factors)
+        self.move(group, step, lists)
+        lists.proposal = ()
 
     def absorb(self, group: Group, step: int, lists: Lists) -> None:
         """Update `lists.state` as far as the proposal needs it."""

@@ -71,6 +71,20 @@ def test_the_result_does_not_depend_on_how_tensors_are_cut(
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("kept", [0, 10])
+def test_a_tensor_that_threads_share_gets_the_same_bits(name: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CALL", 128)
+    monkeypatch.setattr(module, "GRAIN", 32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(module, "KEPT", kept)
+    found = []
+    for shared in (0, 3, 1000):  # all tensors, those of more than three calls, none
+        monkeypatch.setattr(module, "SHARED", shared)
+        found.append(run(name, parameters()))
+    assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*found, strict=True))
+
+
 @every_method
 def test_whole_tensors_as_an_accelerator_gets_them_give_the_same_bits(
     name: str, monkeypatch: pytest.MonkeyPatch
